@@ -257,7 +257,7 @@ def doctor(
 
 
 def main() -> None:
-    """Entry point; how a command ended early is one line on stderr, and an exit status that says whose turn it is."""
+    """Run the command line; how a command ended early is one line on stderr and an exit status that names the cause."""
     end_on_signals()
     try:
         app()

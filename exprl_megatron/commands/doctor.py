@@ -131,7 +131,7 @@ def _accelerator() -> Finding:
 
 
 def _variables() -> list[Finding]:
-    """Environment variables as a run's processes will have them; the user's own are marked."""
+    """Return the environment variables as a run's processes will have them; the user's own are marked."""
     shared = shared_variables(os.environ, (), tp=1)
     ranks = {name: value for name, value in rank_variables(os.environ).items() if name not in shared}
     parts = {"NCCL, trainer and servers": shared, "CUDA, trainer": ranks}

@@ -56,7 +56,7 @@ def _sources(config: RunConfig) -> list[str]:
 
 
 def _problems(source: str) -> Finding:
-    """A path must be there; any other name may be of the hub, or of the user's own code."""
+    """Check that a path exists; any other name may be of the hub, or of the user's own code."""
     path, part = Path(source).expanduser(), f"{NEEDED_BY_RUN}problems"
     if path.exists():
         return Finding(part, True, source)

@@ -49,7 +49,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 
 
 def expand_algorithms(tree: Any) -> tuple[Any, list[str]]:
-    """`tree` (plain dicts and lists) with the settings of each stage's `algorithm` in its place, and what is wrong.
+    """Return `tree` (plain dicts and lists) with the settings of each stage's `algorithm` in its place, and what is
+    wrong.
 
     A setting that the stage has itself takes precedence over the algorithm's.
     """

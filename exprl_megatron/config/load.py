@@ -53,7 +53,7 @@ def load_config(
 def resolve_config(
     tree: Container, overrides: tuple[str, ...] | list[str], path: str | Path, also: ConfigCheck = _nothing
 ) -> RunConfig:
-    """`tree` under the overrides, checked; errors name `path` as where it is from.
+    """Resolve `tree` under the overrides and check it; errors name `path` as its origin.
 
     Raises:
         UserError: as load_config.
@@ -74,7 +74,7 @@ def resolve_config(
 
 
 def _environment_variable(name: str, *default: str | None) -> str | None:
-    """OmegaConf's `oc.env`, except that a secret is not put where it would be printed and written down."""
+    """Resolve OmegaConf's `oc.env`, except that a secret is not put where it would be printed and written to disk."""
     if _SECRET.search(name):
         raise UserError(
             f"${{oc.env:{name}}} would write a secret into the config of the run, where it shows; leave it in the "

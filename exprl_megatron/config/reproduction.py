@@ -85,7 +85,8 @@ ONLY_RELEASED: dict[str, tuple[Any, ...]] = {
 
 
 def expand_reproduction(tree: Any) -> tuple[Any, list[str]]:
-    """`tree` (plain dicts and lists) with the released settings where `reproduce` asks for them; what is wrong with it.
+    """Return `tree` (plain dicts and lists) with the released settings where `reproduce` asks for them; what is wrong
+    with it.
 
     The key stays: the resolved config says that it was given.
     """
@@ -126,7 +127,7 @@ def released_only_values(tree: Any) -> list[str]:
 
 
 def _settings(tree: dict) -> Iterator[tuple[tuple[str | int, ...], Released]]:
-    """The released settings that a config has a place for, each with its path."""
+    """Yield the released settings that a config has a place for, each with its path."""
     program = SECOND if SECOND in _programs(tree) else FIRST
     for released in RELEASED:
         section, *_ = path = tuple(released.key.split("."))

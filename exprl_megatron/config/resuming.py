@@ -178,7 +178,7 @@ def row_of(key: str) -> ResumeRule | None:
 
 
 def without_stage_number(key: str) -> str:
-    """`stages.0.steps` as the table has it: `stages.steps`."""
+    """Return `stages.0.steps` as the table has it: `stages.steps`."""
     return ".".join(part for part in key.split(".") if not part.isdigit())
 
 
@@ -227,7 +227,7 @@ def _batching_counts(config: RunConfig) -> bool:
 
 
 def _decisive(arguments: Sequence[str]) -> list[list[str]]:
-    """Options with their values, in any order, without those that may change."""
+    """Return the options with their values, in any order, without those that may change."""
     options: list[list[str]] = []
     for argument in arguments:
         if argument.startswith("--") or not options:

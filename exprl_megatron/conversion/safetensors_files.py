@@ -76,7 +76,7 @@ def copied(path: Path, described: Described, sources: Mapping[str, Path], wrote:
 
 
 def describe(sources: Mapping[str, Path]) -> Described:
-    """Shape and dtype of tensors by name, each from its file in `sources`.
+    """Return the shape and dtype of tensors by name, each from its file in `sources`.
 
     Raises:
         UserError: a dtype is not known.
@@ -89,7 +89,7 @@ def describe(sources: Mapping[str, Path]) -> Described:
 
 
 def headers(paths: Iterable[Path]) -> dict[str, tuple[Path, tuple[int, ...], str]]:
-    """File, shape and dtype (in the format's words) of every tensor in the files.
+    """Return the file, shape and dtype (in the format's words) of every tensor in the files.
 
     Raises UserError where one is truncated or damaged.
     """

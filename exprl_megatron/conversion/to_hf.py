@@ -89,7 +89,7 @@ def convert_to_huggingface(
     file_bytes: int = 5 * 10**9,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes `target`: config, tokenizer, safetensors of at most `file_bytes` (a single larger tensor apart), index.
+    """Write `target`: config, tokenizer, safetensors of at most `file_bytes` (a single larger tensor apart), index.
 
     Interrupted, it continues with the first unfinished file when called again. `advance` receives the bytes done and in
     all. Raises UserError where a parameter or tensor is not accounted for.
@@ -136,7 +136,7 @@ def _units(table: list[StoredParameter], form: Form) -> list[Unit]:
 
 
 def _written_shapes(shapes: dict[str, tuple[int, ...]], form: Form) -> dict[str, tuple[int, ...]]:
-    """`shapes` with joined tensors in place of those that they are joined of."""
+    """Return `shapes` with joined tensors in place of those that they are joined of."""
     if form.joined is None:
         return shapes
     places = {name: place_of(name, form.joined) for name in shapes}

@@ -32,7 +32,7 @@ def convert_to_megatron(
     file_bytes: int = 5 * 10**9,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes `target`: config, tokenizer, and the weights of `source` in files of about `file_bytes`.
+    """Write `target`: config, tokenizer, and the weights of `source` in files of about `file_bytes`.
 
     `dtype` None keeps each tensor's. Interrupted, it continues with the first unfinished file when called again.
     `advance` receives the bytes done and in all. Raises UserError where a tensor or parameter is not accounted for.
@@ -132,7 +132,7 @@ def _items(stored: StoredParameter, dtype: torch.dtype) -> Iterator[WriteItem]:
 def _dtypes(
     weights: HuggingFaceWeights, table: list[StoredParameter], dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """Metadata of each of Megatron's tensors, which contain all layers."""
+    """Return the metadata of each of Megatron's tensors, which contain all layers."""
     found: dict[str, torch.dtype] = {}
     for stored in table:
         wanted = weights.dtype(stored) if dtype is None or stored.parameter.keeps_dtype else dtype

@@ -65,7 +65,7 @@ def verify_weights(
     logits: Literal["auto", "yes", "no"] = "auto",
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verified:
-    """Compares `copy` with `reference`, each in any form (see open_weights).
+    """Compare `copy` with `reference`, each in any form (see open_weights).
 
     Where the copy was written in another dtype, or quantized, the reference is converted to that form first. `advance`
     receives the reference's bytes done and in all.
@@ -128,7 +128,9 @@ def _quantized(directory: Path) -> dict[str, Path]:
 
 
 def _check_config(directory: Path, expected: Weights) -> None:
-    """config.json of a quantized model is the original's, except for its dtype, and says how it is quantized."""
+    """Check that config.json of a quantized model is the original's, except for its dtype, and says how it is
+    quantized.
+    """
     given, wanted = (
         json.loads((path / "config.json").read_text(encoding="utf-8")) for path in (directory, expected.origin)
     )
@@ -181,7 +183,7 @@ def _logits_of_transformers(directory: Path, tokens: torch.Tensor) -> torch.Tens
 
 @torch.no_grad()
 def _logits_of_megatron(made: Weights, tokens: torch.Tensor) -> torch.Tensor:
-    """[1, tokens, vocabulary] of the model that a single rank builds and loads, on the CPU in fp32."""
+    """Return [1, tokens, vocabulary] of the model that a single rank builds and loads, on the CPU in fp32."""
     from exprl_megatron.config.policy import Layout, PolicyConfig
     from exprl_megatron.policy.huggingface import load_huggingface
     from exprl_megatron.policy.megatron_loading import load_files

@@ -131,7 +131,7 @@ def _scan_stage(
     tokenizer: "PreTrainedTokenizerBase",
     leaking: dict[str, None],
 ) -> StageScan:
-    """`leaking` gets the problems that leak, in order."""
+    """Scan a stage; `leaking` gets the problems that leak, in order."""
     steps, found, terminal = journal.steps(stage), Counter(requests=0), Console(stderr=True)
     for step in track(steps, f"scanning {stage}", console=terminal, transient=True, disable=not terminal.is_terminal):
         for group in journal.read(stage, step).groups:

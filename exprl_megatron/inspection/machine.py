@@ -42,7 +42,9 @@ def measured_cpu(processes: int) -> Gpu:
 
 @cache
 def _measured_rates() -> tuple[float, float]:
-    """FLOP/s of a product and bytes/s of a copy by one thread. Once a process: a served page asks at each refresh."""
+    """Measure FLOP/s of a product and bytes/s of a copy by one thread, once a process: a served page asks at each
+    refresh.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -67,7 +67,7 @@ def logged_steps(
 
 
 def logged_groups(directory: RunDirectory, config: RunConfig, stage: str, step: int) -> Iterator[InspectedGroup]:
-    """The groups of one step; none where the step has been deleted meanwhile (`journal.keep_steps`).
+    """Yield the groups of one step; none where the step has been deleted meanwhile (`journal.keep_steps`).
 
     Raises UserError where the file is damaged or of a later version.
     """
@@ -84,7 +84,7 @@ def logged_groups(directory: RunDirectory, config: RunConfig, stage: str, step: 
 
 
 def evaluation_groups(directory: RunDirectory, name: str) -> Iterator[InspectedGroup]:
-    """The groups of held-out answers of the evaluation `name`.
+    """Yield the groups of held-out answers of the evaluation `name`.
 
     Raises:
         UserError: they were not kept, or the file is damaged or of a later version.

@@ -21,7 +21,7 @@ HASH_DIGITS = 12
 
 
 def group_table(selected: SelectedGroup) -> Table:
-    """docs/show.md describes the columns."""
+    """Return the table of groups; docs/show.md describes the columns."""
     table = Table(title=_title(selected), title_justify="left", caption=_caption(selected), caption_justify="left")
     table.box, table.padding, table.show_edge = box.SIMPLE_HEAD, (0, 1, 0, 0), False
     table.title_style = table.caption_style = ""

@@ -48,7 +48,7 @@ def select(groups: Iterable[InspectedGroup], selection: Selection) -> list[Selec
 
 
 def score_spread(group: Group) -> float | None:
-    """Highest less lowest score of the group; None where it has no score."""
+    """Return the highest minus the lowest score of the group; None where it has no score."""
     return max(group.scores) - min(group.scores) if group.scores else None
 
 
@@ -63,7 +63,7 @@ def mean_tokens(group: Group) -> float:
 
 
 def disagreement(sample: GradedTrace) -> float | None:
-    """|judge's score - verifier's|; None where one of them has none."""
+    """Return |judge's score - verifier's|; None where one of them has none."""
     if sample.score is None or not isinstance(sample.verified, Scored):
         return None
     return abs(sample.score - sample.verified.value)

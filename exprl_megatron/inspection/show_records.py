@@ -11,7 +11,7 @@ from exprl_megatron.rollout.group import GradedTrace
 
 
 def group_to_dict(selected: SelectedGroup, tokens: bool = False) -> dict:
-    """{place, group, problem_id, domain, traces: [...]}; docs/show.md describes them.
+    """Return {place, group, problem_id, domain, traces: [...]}; docs/show.md describes them.
 
     With `tokens` each trace has its token ids and their log-probs.
     """

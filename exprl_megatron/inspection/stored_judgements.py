@@ -53,7 +53,7 @@ def store_file(run: Path | None, store: Path | None) -> Path:
 
 
 def entry_to_dict(entry: Entry) -> dict:
-    """{hash, kind, kept, asked, answer} and, by its kind, {judgement: {kind, ...}} or {rubric}."""
+    """Return {hash, kind, kept, asked, answer} and, by its kind, {judgement: {kind, ...}} or {rubric}."""
     record = {"hash": entry.key, "kind": _kind(entry), "kept": _time(entry)}
     record |= {"asked": entry.question, "answer": entry.answer}
     if isinstance(entry.result, str):

@@ -50,7 +50,9 @@ def _length_violations(config: RunConfig, architecture: Architecture) -> Iterato
 
 
 def _fused_rotation_violations(config: RunConfig, architecture: Architecture) -> Iterator[str]:
-    """SGLang's fused kernel treats every RoPE scaling as YaRN, and computes its factor from max_position_embeddings."""
+    """Yield the conflicts with SGLang's fused kernel: it treats every RoPE scaling as YaRN, with
+    max_position_embeddings.
+    """
     name = "--enable-fused-qk-norm-rope"
     if architecture.family == "qwen3-moe" and architecture.rope_scaling and name in config.server.extra_args:
         yield (

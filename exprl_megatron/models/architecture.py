@@ -268,7 +268,7 @@ def check_layout(architecture: Architecture, layout: Layout) -> None:
 
 
 def _attention_heads(architecture: Architecture) -> list[tuple[str, int]]:
-    """Return the attention tensors that tensor parallelism divides, and how many there are of each."""
+    """Return the parts of attention that tensor parallelism divides, and how many there are of each."""
     found = [("attention heads", architecture.heads), ("KV groups", architecture.kv_groups)]
     if (net := architecture.delta_net) is not None:
         found += [("key heads of gated delta nets", net.key_heads), ("value heads", net.value_heads)]
@@ -276,7 +276,7 @@ def _attention_heads(architecture: Architecture) -> list[tuple[str, int]]:
 
 
 def _mlp_columns(architecture: Architecture) -> list[tuple[str, int]]:
-    """Return the MLP tensors that tensor parallelism divides, and how many there are of each."""
+    """Return the columns of MLPs that tensor parallelism divides, and how many there are of each."""
     kinds = [kind.experts for kind in architecture.kinds()]
     found = [("MLP columns", architecture.ffn)] if None in kinds else []
     return found + [("shared expert's columns", e.shared_ffn) for e in kinds if e is not None and e.shared_ffn]
@@ -386,7 +386,7 @@ def _experts(family: str, tree: dict) -> Experts | None:
 
 
 def _left_out(tree: dict) -> tuple[str, ...]:
-    """Layers of multi-token prediction are stored behind the others."""
+    """Return the layers of multi-token prediction, which are stored behind the others."""
     # transformers 5 writes the second name, published checkpoints have the first.
     count = tree.get("num_nextn_predict_layers", tree.get("num_mtp_layers", 1))
     return tuple(f"model.layers.{tree['num_hidden_layers'] + index}." for index in range(count))

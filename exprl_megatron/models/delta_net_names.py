@@ -25,7 +25,7 @@ def delta_net_rows(net: DeltaNet) -> list[Row]:
 
 
 def delta_net_shapes(net: DeltaNet, hidden: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the Hugging Face tensors."""
+    """Return the shapes of the Hugging Face tensors."""
     widths = (net.convolved, net.values, net.value_heads, net.value_heads)
     return {name: (width, hidden) for name, width in zip(_INPUT, widths, strict=True)} | {
         "linear_attn.conv1d.weight": (net.convolved, 1, net.kernel),

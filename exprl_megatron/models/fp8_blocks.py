@@ -23,7 +23,7 @@ LARGEST = 448.0
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[rows, columns] in any float format -> the same in float8_e4m3fn, and its scales, fp32."""
+    """Quantize [rows, columns] of any float format to float8_e4m3fn; returns it and its scales, fp32."""
     import torch
 
     rows, columns = weight.shape
@@ -53,7 +53,9 @@ def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def quantization_config(names: list[str], left_out: list[str] | None = None) -> dict:
-    """`quantization_config` of config.json; `names` are all of the model's tensors but those that are `left_out`."""
+    """Return `quantization_config` of config.json; `names` are all of the model's tensors but those that are
+    `left_out`.
+    """
     kept = [name.removesuffix(".weight") for name in names if name == HEAD or name.endswith("gate.weight")]
     kept += [name.removesuffix(".weight") for name in left_out or () if name.endswith(".weight")]
     return {

@@ -88,7 +88,7 @@ class Joiner:
         self._missing: dict[str, int] = {}
 
     def add(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
-        """`tensors` without single experts' matrices, and the joined ones that they complete."""
+        """Return `tensors` without single experts' matrices, and the joined ones that they complete."""
         complete = []
         for name, tensor in tensors:
             place = place_of(name, self._architecture)

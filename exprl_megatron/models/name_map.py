@@ -169,7 +169,7 @@ def _layer(architecture: Architecture, ep: int, grouped: bool) -> list[Row]:
 
 
 def _attention_rows(architecture: Architecture) -> list[Row]:
-    """Attention, and the norm before it where it has one."""
+    """Return the attention rows, and the norm before them where there is one."""
     kind = GatedQueryKeyValue if architecture.output_gate else QueryKeyValue
     qkv = kind(heads_per_group=architecture.heads // architecture.kv_groups, head_dim=architecture.head_dim)
     rows: list[Row] = []
@@ -184,7 +184,9 @@ def _attention_rows(architecture: Architecture) -> list[Row]:
 
 
 def _query_and_key_norms(whole_width: bool) -> list[Row]:
-    """Norms over each head are Megatron's, the same on every rank; over all heads each rank has its heads' weights."""
+    """Return the norms: over each head Megatron's, the same on every rank; over all heads each rank has its heads'
+    weights.
+    """
     norm, rule = ("{}_norm", Rule(split_dim=0)) if whole_width else ("{}_layernorm", Rule())
     return [(f"self_attention.{norm.format(x)}.weight", (f"self_attn.{x}_norm.weight",), rule, None) for x in "qk"]
 
@@ -217,12 +219,12 @@ def _expert_rows(architecture: Architecture, experts: Experts, ep: int, grouped:
 
 
 def _shared(experts: Experts) -> str:
-    """Hugging Face's name of the expert that all tokens go to."""
+    """Return Hugging Face's name of the expert that all tokens go to."""
     return "mlp.shared_expert" if experts.shared_gate else "mlp.shared_experts"
 
 
 def _expert_names(family: str) -> tuple[str, str, str, str]:
-    """Hugging Face names of router, gate, up and down, the expert's number left open."""
+    """Return Hugging Face names of router, gate, up and down, the expert's number left open."""
     if family == "mixtral":
         block = "block_sparse_moe"
         gate, up, down = (f"{block}.experts.{{}}.{weight}.weight" for weight in ("w1", "w3", "w2"))

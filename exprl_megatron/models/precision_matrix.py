@@ -66,7 +66,7 @@ def _without_fp8(precision: PrecisionConfig) -> Iterator[str]:
 
 
 def _two_dtypes(setting: Setting) -> Iterator[str]:
-    """Megatron's plain optimizer takes the state of a parameter in fp32 for that of another one in bf16."""
+    """Report mixed dtypes: Megatron's plain optimizer takes one parameter's fp32 state for that of another in bf16."""
     architecture = setting.architecture
     if setting.precision.kind != "bf16" or architecture is None or architecture.delta_net is None:
         return
@@ -192,7 +192,7 @@ def _context_parallelism(setting: Setting) -> Iterator[str]:
 
 
 def _products(setting: Setting) -> Iterator[str]:
-    """FP8 tensor cores take lengths in steps of 16; MXFP8 has a scale for each 32."""
+    """Yield lengths of products that do not fit: FP8 needs multiples of 16; MXFP8 has a scale for each 32."""
     if setting.architecture is None:
         return
     kind, hidden = setting.precision.kind, setting.architecture.hidden
@@ -209,7 +209,7 @@ def _products(setting: Setting) -> Iterator[str]:
 
 
 def _sharded_sizes(architecture: Architecture, policy: PolicyConfig) -> list[tuple[str, int, int, str]]:
-    """(what, how many, ranks that share them, the setting): the lengths of the linear layers' products."""
+    """Return (what, how many, ranks that share them, the setting): the lengths of the linear layers' products."""
     layout, heads = policy.layout, architecture.heads * architecture.head_dim
     qkv = heads + 2 * architecture.kv_groups * architecture.head_dim
     columns: list[tuple[str, int, int, str]] = []

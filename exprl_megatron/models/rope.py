@@ -140,7 +140,7 @@ def _share(settings: list[dict], name: str) -> float:
 
 
 def _scaling(rope: dict, tree: dict) -> tuple[str, RopeScaling | None]:
-    """Rope type and scaling of one section."""
+    """Return the rope type and scaling of one section."""
     if any(isinstance(value, dict) for value in rope.values()):
         raise _Unsupported("rope settings for each kind of layer")
     kinds = {str(rope[name]) for name in ("type", "rope_type") if rope.get(name)} or {"default"}
@@ -194,7 +194,7 @@ def _yarn(rope: dict, factor: float, original: int) -> YarnScaling:
 
 
 def _attention_factors(rope: dict, factor: float) -> tuple[float, float]:
-    """YaRN's attention factor as SGLang 0.5.23 and as transformers 5 read it.
+    """Return YaRN's attention factor as SGLang 0.5.23 and as transformers 5 read it.
 
     SGLang does not know `attention_factor`, and takes `mscale` 0 for a number where transformers takes it for missing.
     """

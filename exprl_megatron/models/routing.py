@@ -57,7 +57,8 @@ class Routing:
 
 
 def with_router_replay(config: RunConfig) -> RunConfig:
-    """`config` with `policy.router_replay: null` replaced: on where the model has experts and its servers return them.
+    """Return `config` with `policy.router_replay: null` replaced: on where the model has experts and its servers return
+    them.
 
     The same where the model cannot be read here, which the checks of a start say. sglang-router forwards no request for
     experts: what it does not know of a request it leaves out.

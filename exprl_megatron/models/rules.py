@@ -34,7 +34,8 @@ class Rule:
         return (parameter,)
 
     def sections(self, tensor: int) -> tuple[int, ...]:
-        """Sizes, in any unit, of the sections of a Hugging Face tensor that are each cut on their own; (1,): the whole.
+        """Return the sizes, in any unit, of the sections of a Hugging Face tensor that are each cut on their own; (1,):
+        the whole.
 
         `tensor` is its place among the rule's tensors; a part has the rank's piece of each section, one after another.
         """

@@ -7,7 +7,7 @@ from exprl_megatron.models.architecture import Architecture
 
 
 def served_violations(config: RunConfig, architecture: Architecture) -> Iterator[str]:
-    """One sentence for each setting of `server` and `sync` with which the policy cannot be served."""
+    """Yield one sentence for each setting of `server` and `sync` with which the policy cannot be served."""
     if not (config.needs_sampling_servers or config.has_ref_server):
         return
     tp, model, net = config.server.tp, config.policy.model, architecture.delta_net

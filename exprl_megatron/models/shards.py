@@ -11,7 +11,9 @@ Shape = tuple[int, ...]
 
 
 def shapes_in_words(shapes: dict[str, Shape], dtype: str) -> dict[str, Shape]:
-    """`shapes` where every tensor's memory is seen as numbers of `dtype`: vectors that are kept in fp32 are longer."""
+    """Return `shapes` where every tensor's memory is seen as numbers of `dtype`: vectors that are kept in fp32 are
+    longer.
+    """
     found = {}
     for name, shape in shapes.items():
         words = ITEMSIZE[dtype_of(name, dtype)] // ITEMSIZE[dtype]

@@ -209,7 +209,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def open_safetensors(path: Path):
-    """The open file, a context manager.
+    """Return the the open file, a context manager.
 
     Raises:
         UserError: it is truncated or damaged.

@@ -49,7 +49,7 @@ def _delta_net(net: DeltaNet, wide: int) -> float:
 
 
 def _mlp(architecture: Architecture, layout: Layout, wide: int, entry: int) -> float:
-    """SwiGLU's input, twice as wide, and its output; before experts their tokens' copies, the router's fp32 scores.
+    """Return SwiGLU's doubled input and its output; before experts their tokens' copies, the router's fp32 scores.
 
     The shared expert's input is the router's.
     """
@@ -90,7 +90,7 @@ def activation_bytes(
 
 
 def chunks_in_flight(layout: Layout, pp_rank: int, micro_batches: int) -> int:
-    """Forward passes of one chunk whose backward pass has not run, at most.
+    """Return the most forward passes of one chunk whose backward pass has not run.
 
     One-forward-one-backward: pp - rank. Interleaved: 2 (pp - rank - 1) + (vpp - 1) pp to warm up, and one more
     (Narayanan et al., arXiv 2104.04473; megatron.core.pipeline_parallel.schedules).

@@ -23,7 +23,7 @@ def sleeping_trainer_bytes(policy: PolicyConfig) -> float:
 
 
 def with_sleeping_side(phases: list[Phase], config: RunConfig, architecture: Architecture) -> list[Phase]:
-    """`phases` of a colocated run, each with what the other side holds on the same GPU meanwhile.
+    """Return `phases` of a colocated run, each with what the other side holds on the same GPU meanwhile.
 
     While weights travel the trainer holds no gradients and no optimizer, and the servers hold their weights.
     """
@@ -55,7 +55,7 @@ def server_faults(phases: list[Phase], server: ServerConfig, gpu: Gpu) -> list[s
 
 
 def gpu_left_for_trainer(config: RunConfig, gpu: Gpu) -> Gpu:
-    """`gpu` as large as the trainer of `config` finds it while it learns."""
+    """Return `gpu` as large as the trainer of `config` finds it while it learns."""
     if config.placement.kind == "separate" or not config.needs_sampling_servers:
         return gpu
     return replace(gpu, memory_bytes=int(gpu.memory_bytes - sleeping_server_bytes(config.server)))

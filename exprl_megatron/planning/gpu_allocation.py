@@ -61,7 +61,7 @@ def _step_s(plan: Plan | None) -> float:
 
 
 def _allocations(gpus: int, judged: bool) -> Iterator[tuple[int, int]]:
-    """(trainer, judge) GPUs; the rest samples."""
+    """Yield (trainer, judge) GPUs; the rest samples."""
     for eighths in TRAINER_EIGHTHS:
         for judging in JUDGE_EIGHTHS if judged else (0,):
             trainer, judge = gpus * eighths // 8, gpus * judging // 8
@@ -70,7 +70,7 @@ def _allocations(gpus: int, judged: bool) -> Iterator[tuple[int, int]]:
 
 
 def _served(config: RunConfig, sampling: int, judging: int) -> Iterator[RunConfig]:
-    """The config with those GPUs in equal servers of every size."""
+    """Yield the config with those GPUs in equal servers of every size."""
     for server in _servers(config.server, sampling, apart=int(config.has_ref_server)):
         served = config.model_copy(update={"server": server})
         if not judging:
@@ -82,6 +82,6 @@ def _served(config: RunConfig, sampling: int, judging: int) -> Iterator[RunConfi
 
 
 def _servers(server: ServerConfig, gpus: int, apart: int = 0) -> list[ServerConfig]:
-    """Servers of every size on `gpus`, leaving room for so many more of their kind."""
+    """Return the servers of every size on `gpus`, leaving room for so many more of their kind."""
     sizes = [tp for tp in (1, 2, 4, 8) if gpus % tp == 0 and gpus // tp > apart]
     return [server.model_copy(update={"count": gpus // tp - apart, "tp": tp}) for tp in sizes]

@@ -47,7 +47,7 @@ _BLOCK_SCALES = 0.95
 
 
 def gemm_flops_per_s(gpu: Gpu, kind: str) -> float:
-    """FLOP/s that long products of a precision kind reach in a long run."""
+    """Return FLOP/s that long products of a precision kind reach in a long run."""
     eight = kind not in ("fp32", "bf16")
     share = EFFICIENCY.gemm_fp8 if eight else EFFICIENCY.gemm_bf16
     if gpu.short_gemm_efficiency is not None:
@@ -93,7 +93,7 @@ def host_optimizer_seconds(parameters: float, gradient_bytes: float, gpu: Gpu) -
 
 
 def cast_bytes(elements: float, precision: PrecisionConfig, both_ways: bool = True) -> float:
-    """HBM bytes to quantize `elements` BF16 values: read, write, and the transpose that the weight gradient needs.
+    """Return the HBM bytes to quantize `elements` BF16 values: read, write, and the weight gradient's transpose.
 
     Current scaling reads the values once more to find their largest.
     """

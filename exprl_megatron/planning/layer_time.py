@@ -130,7 +130,7 @@ def _router(rank: RankWorkload, times: int) -> float:
 
 
 def _attention(rank: RankWorkload, backward: bool) -> float:
-    """Causal attention, in pieces of the sequence under cp; its backward pass has five products, the forward two."""
+    """Return the seconds of causal attention, in pieces under cp; five products backward, two forward."""
     flops = attention_flops(rank.architecture, rank.sequence_length) * rank.tokens / rank.layout.tp
     return attention_seconds(
         flops * (2.5 if backward else 1),
@@ -143,7 +143,9 @@ def _attention(rank: RankWorkload, backward: bool) -> float:
 
 
 def _forward_bytes(rank: RankWorkload) -> float:
-    """HBM bytes outside the products: two norms, two residual additions, rotation, activation, casts, permutation."""
+    """Return the HBM bytes outside the products: two norms and residual additions, rotation, activation, casts,
+    permutation.
+    """
     architecture, layout = rank.architecture, rank.layout
     heads = _projected(architecture) / layout.tp
     between = 10 * rank.sharded_tokens * architecture.hidden
@@ -176,7 +178,7 @@ def _projected(architecture: Architecture) -> float:
 
 
 def _kernels(rank: RankWorkload, backward: bool) -> float:
-    """Kernels of a layer: norms, rotation, sums, products, attention, activation; casts; experts one by one."""
+    """Return the number of kernels: norms, rotation, sums, products, attention, activation; casts; each expert."""
     casts = {"fp8-delayed": 1, "fp8-tensorwise": 3, "fp8-blockwise": 1, "mxfp8": 2}.get(rank.precision.kind, 0)
     count = (24 if backward else 12) + 4 * casts
     if rank.architecture.experts is None:
@@ -202,7 +204,9 @@ def _activated(rank: RankWorkload) -> float:
 
 
 def _tensor_parallel(rank: RankWorkload, gathers: int, compute_s: float) -> float:
-    """`gathers` all-gathers or reduce-scatters of the layer's activations (an all-reduce is two of them)."""
+    """Return the seconds of `gathers` all-gathers or reduce-scatters of the layer's activations (an all-reduce
+    is two of them).
+    """
     size = rank.tokens * rank.architecture.hidden * rank.width
     transfer = gathers * ring_seconds(size, rank.gpu, rank.layout.tp, 1)
     return exposed_seconds(transfer, compute_s, rank.features.tp_overlap, TP_HIDDEN_SHARE)

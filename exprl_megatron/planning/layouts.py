@@ -92,7 +92,7 @@ class Ranking:
 def plan_trainer(
     architecture: Architecture, policy: PolicyConfig, optimizer: OptimizerConfig, workload: Workload, gpu: Gpu
 ) -> TrainerPlan:
-    """Memory and seconds of one layout. Raises UserError for a precision that the GPU does not run."""
+    """Return the memory and seconds of one layout. Raises UserError for a precision that the GPU does not run."""
     layout = policy.layout
     tokens = ceil(workload.tokens / workload.updates)
     shared: dict[str, Any] = {
@@ -118,7 +118,7 @@ def plan_trainer(
 def stage_memory(
     architecture: Architecture, policy: PolicyConfig, optimizer: OptimizerConfig, workload: Workload, gpu: Gpu
 ) -> Iterator[Memory]:
-    """The peak of training on the ranks of each pipeline stage, one after the other."""
+    """Yield the peak of training on the ranks of each pipeline stage, one after the other."""
     layout = policy.layout
     batches = micro_batches(layout, workload.tokens / workload.updates, policy.micro_batch_tokens)
     for rank in range(layout.pp):
@@ -185,8 +185,8 @@ def _nothing_fits(architecture, policy, optimizer, gpu: Gpu, gpus: int, legal: l
 def legal_layouts(
     architecture: Architecture, policy: PolicyConfig, optimizer: OptimizerConfig, gpu: Gpu, gpus: int
 ) -> Iterator[Layout]:
-    """Layouts of `gpus` GPUs that Megatron can build: tensor parallelism within a node and with sequence parallelism,
-    whole nodes' worth of everything else."""
+    """Yield the layouts of `gpus` GPUs that Megatron can build: tensor parallelism within a node and with sequence
+    parallelism, whole nodes' worth of everything else."""
     for layout in _candidates(architecture, policy.max_tokens, gpu, gpus):
         setting = _setting(architecture, policy.model_copy(update={"layout": layout}), optimizer, gpu)
         if not (layout.violations(None) or layout_violations(architecture, layout) or precision_violations(setting)):
@@ -224,7 +224,7 @@ def _candidates(architecture: Architecture, longest: int, gpu: Gpu, gpus: int) -
 
 
 def _pipelines(layers: int, pp: int) -> Iterator[tuple[bool, int]]:
-    """(whether the embedding and the output layer count as layers, virtual stages)."""
+    """Yield (whether the embedding and the output layer count as layers, virtual stages)."""
     for ends in (False, True) if pp > 1 else (False,):
         slots = layers + 2 * ends
         if slots % pp == 0:

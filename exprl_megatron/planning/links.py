@@ -14,7 +14,7 @@ and transfers take multiprocessors away from it."""
 
 
 def ring_bandwidth(gpu: Gpu, size: int, stride: int) -> float:
-    """Bytes/s of a ring over `size` ranks that lie `stride` apart.
+    """Return the bytes/s of a ring over `size` ranks that are `stride` apart.
 
     Within a node NVLink; between nodes each of a node's members brings its own network card.
     """

@@ -179,7 +179,9 @@ def routed_experts_bytes(architecture: Architecture, config: RunConfig, tokens: 
 
 
 def optimizer_bytes(counts: ParameterCounts, policy: PolicyConfig, optimizer: OptimizerConfig) -> float:
-    """AdamW's two fp32 moments and, unless parameters are fp32, an fp32 copy of them; sharded where distributed."""
+    """Return AdamW's two fp32 moments and, unless parameters are fp32, an fp32 copy of them; sharded where
+    distributed.
+    """
     layout = policy.layout
     each = 8 if policy.precision.dtype == "fp32" else 12
     if not optimizer.distributed:
@@ -267,7 +269,9 @@ def _fp8_bytes(policy: PolicyConfig, gpu: Gpu | None) -> float:
 
 
 def communicators(layout: Layout) -> int:
-    """NCCL communicators of a rank: one for each way in which its layout has several ranks, and the world's."""
+    """Return the NCCL communicators of a rank: one for each way in which its layout has several ranks, and the
+    world's.
+    """
     sizes = (layout.tp, layout.cp, layout.dp * layout.cp, layout.pp, layout.ep, layout.etp, layout.world_size)
     return sum(size > 1 for size in sizes)
 

@@ -5,7 +5,7 @@ from exprl_megatron.planning.plan import Plan
 
 
 def overrides(plan: Plan) -> list[str]:
-    """`key.path=value` for layout, recomputation and servers."""
+    """Return `key.path=value` for layout, recomputation and servers."""
     config, plain = plan.config, Layout().model_dump()
     before = plan.given.policy.layout.model_dump()
     layout = config.policy.layout.model_dump()

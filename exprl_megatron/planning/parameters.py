@@ -67,7 +67,7 @@ def _mlp_widths(architecture: Architecture) -> list[int]:
 
 
 def _ends(architecture: Architecture, layout: Layout, pp_rank: int) -> ParameterCounts:
-    """Embedding, final norm and output layer (or the last stage's copy of a tied embedding)."""
+    """Return the embedding, final norm and output layer (or the last stage's copy of a tied embedding)."""
     vocabulary = padded_vocabulary(architecture, layout.tp) // layout.tp * architecture.hidden
     count = vocabulary if pp_rank == 0 else 0
     if pp_rank == layout.pp - 1:

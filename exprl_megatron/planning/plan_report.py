@@ -95,7 +95,7 @@ def _servers(allocation: GpuAllocation, kind: str) -> str:
 
 
 def _allocations_table(allocations: tuple[GpuAllocation, ...], top: int) -> Table:
-    """Table of the `top` best allocations of the GPUs."""
+    """Return the table of the `top` best allocations of the GPUs."""
     kinds = list(allocations[0].servers)
     table = Table("trainers", "layout", "recompute", *kinds, *SUMS, "step s", title="allocations of the GPUs")
     for column in table.columns[3:]:
@@ -111,7 +111,7 @@ def _allocations_table(allocations: tuple[GpuAllocation, ...], top: int) -> Tabl
 
 
 def ranking_table(ranking: Ranking, top: int) -> Table:
-    """Table of the `top` best layouts."""
+    """Return the table of the `top` best layouts."""
     table = Table("layout", "recompute", "GiB", "step s", "tok/s/GPU", "MFU", "bubble", title="layouts of the trainer")
     for column in table.columns[2:]:
         column.justify = "right"

@@ -50,7 +50,7 @@ def servers_of(architecture: Architecture, server: ServerConfig, gpu: Gpu) -> Se
 def serving_phases(
     config: RunConfig, architecture: Architecture, workload: Workload, gpu: Gpu, faults: list[str], notes: list[str]
 ) -> list[Phase]:
-    """Sampling, and judging by servers of the run; what does not fit goes to `faults`."""
+    """Return sampling, and judging by servers of the run; what does not fit is added to `faults`."""
     gpus = config.server.count * config.server.tp
     try:
         # Colocated servers open the trainer's bucket.

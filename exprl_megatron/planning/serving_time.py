@@ -71,7 +71,7 @@ class LengthDistribution:
         return (exp(-rate * length) - exp(-rate * self.bound)) / (1 - exp(-rate * self.bound))
 
     def expected_longest(self, count: float) -> float:
-        """Length that the longest of `count` answers reaches: the one that 1 in `count` exceeds."""
+        """Return the length that the longest of `count` answers reaches: the one that 1 in `count` exceeds."""
         rate, share = self.rate, 1 / max(count, 1.0 + 1e-9)
         if abs(rate * self.bound) < 1e-6:
             return self.bound * (1 - share)
@@ -167,7 +167,9 @@ def iteration_seconds(architecture: Architecture, servers: ServerHardware, batch
 
 
 def _tokens_read(architecture: Architecture, context: float) -> float:
-    """Cached tokens that a new one's attention reads in the mean layer; servers keep those outside of windows too."""
+    """Return the cached tokens that a new one's attention reads in the mean layer; servers keep those outside of
+    windows too.
+    """
     kinds = architecture.kinds().items()
     return sum(count * min(context, kind.window or context) for kind, count in kinds) / architecture.layers
 

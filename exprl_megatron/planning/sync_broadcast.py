@@ -152,7 +152,7 @@ def _network(flows: Counter[tuple[int, int]], gpu: Gpu) -> Counter[str]:
 
 
 def _broadcast(message: Message, layout: Layout, servers: int) -> Counter[str]:
-    """NCCL's chain: out of the sender, into the first server's node, from there into the next."""
+    """Return the bytes of NCCL's chain: out of the sender, into the first server's node, from there into the next."""
     found = Counter({f"trainer {sender(message.stage, layout)} out": message.nbytes})
     for server in range(servers):
         found[f"server {server} in"] += message.nbytes
@@ -180,7 +180,7 @@ def _longest(flows: Counter[str], rate: float) -> float:
 
 
 def _broadcast_seconds(message: Message, gpu: Gpu) -> float:
-    """Return the bytes of one card's input and of each server rank's copy of it into its own memory."""
+    """Return the seconds to receive by one card and to copy the message into each server rank's memory."""
     slowest = min(gpu.nic_bytes_per_s * NIC_EFFICIENCY, gpu.nvlink_bytes_per_s * NVLINK_EFFICIENCY)
     return message.nbytes / slowest + _load_seconds(message, gpu)
 

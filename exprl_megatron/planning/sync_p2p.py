@@ -65,7 +65,7 @@ def direct_seconds(
     servers: int,
     server_tp: int,
 ) -> float:
-    """`plan_direct`'s seconds alone, which do not depend on how parts are put into messages."""
+    """Return `plan_direct`'s seconds alone, which do not depend on how parts are put into messages."""
     return _seconds(_transfers(architecture, layout, dtype, bucket_bytes, servers, server_tp).volumes(), gpu)
 
 

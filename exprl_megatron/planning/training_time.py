@@ -234,7 +234,8 @@ def _head(rank: RankWorkload, training: bool) -> float:
 
 
 def _pipeline(rank: RankWorkload, forward: float, backward: float, batches: int) -> float:
-    """Bubble of the (interleaved) one-forward-one-backward schedule, (pp - 1) / vpp micro-batches, and the sends.
+    """Return the seconds of the bubble of the (interleaved) one-forward-one-backward schedule, (pp - 1) / vpp
+    micro-batches, and the sends.
 
     Narayanan et al. 2021 (arXiv 2104.04473), section 2.2. Interleaved sends run beside computation.
     """
@@ -258,7 +259,9 @@ def _parameters(rank: RankWorkload, layers: list[int]) -> tuple[float, float]:
 
 
 def _data_parallel(rank: RankWorkload, layers: list[int], forward: float, backward: float, batches: int) -> float:
-    """Exposed reduction of gradients and gathering of parameters; with FSDP once and twice for each micro-batch."""
+    """Return the seconds of the exposed reduction of gradients and gathering of parameters; with FSDP once and twice
+    for each micro-batch.
+    """
     layout, gpu, features = rank.layout, rank.gpu, rank.features
     if features.lora:
         return 0.0
@@ -282,7 +285,9 @@ def _data_parallel(rank: RankWorkload, layers: list[int], forward: float, backwa
 
 
 def _optimizer(rank: RankWorkload, layers: list[int]) -> float:
-    """Adam's pass over its shard: fp32 weight and two moments in and out, gradient read twice (norm), BF16 out."""
+    """Return the seconds of Adam's pass over its shard: fp32 weight and two moments in and out, gradient read
+    twice, BF16 out.
+    """
     if rank.features.lora:
         return 0.0
     dense, experts = _parameters(rank, layers)

@@ -64,7 +64,9 @@ class CausalAttention(MegatronModule):
         return _joined([self._of_like_length(*run).flatten(0, 1) for run in tensors], dim=0).unsqueeze(1)
 
     def _of_like_length(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Sequences of one length: query [count, length / cp, heads, head_dim] -> [count, length / cp, heads * dim]."""
+        """Compute sequences of one length: query [count, length / cp, heads, head_dim] -> [count, length / cp, heads *
+        dim].
+        """
         cp, rank = self.group.size(), self.group.rank()
         size = key.shape[1] // chunk_count(cp)
         parts = []
@@ -74,7 +76,7 @@ class CausalAttention(MegatronModule):
         return _joined(parts, dim=1).flatten(2)
 
     def _last_queries(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Causal attention, [count, s, heads, head_dim], where the queries belong to the last of the keys."""
+        """Compute causal attention, [count, s, heads, head_dim], where the queries belong to the last of the keys."""
         rows, columns = query.shape[1], key.shape[1]
         mask = None
         if rows != columns or (self.window is not None and self.window < columns):
@@ -88,7 +90,9 @@ class CausalAttention(MegatronModule):
 
 
 def split_runs(packed: torch.Tensor, runs: list[tuple[int, int]], cp: int = 1) -> list[torch.Tensor]:
-    """[tokens, heads, head_dim] as [count, length / cp, heads, head_dim] for each (length, count) of neighbors."""
+    """Return [tokens, heads, head_dim] as [count, length / cp, heads, head_dim] for each (length, count) of
+    neighbors.
+    """
     tokens = packed.split([length // cp * count for length, count in runs])
     return [run.unflatten(0, (count, -1)) for run, (_, count) in zip(tokens, runs, strict=True)]
 

@@ -9,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 
 
 def weight_balance_loss_by_tokens(chunks: Sequence[GPTModel], own_tokens: int) -> None:
-    """Makes the loss the mean over all micro-batches of the coming backward pass, weighted by their tokens.
+    """Make the loss the mean over all micro-batches of the coming backward pass, weighted by their tokens.
 
     `own_tokens`: of this rank's micro-batches, with padding. A collective of the data-parallel ranks. Where Megatron
     divides gradients by a count of tokens at the end, its router multiplies a micro-batch's loss by its tokens;

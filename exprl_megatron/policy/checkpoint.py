@@ -44,7 +44,7 @@ from exprl_megatron.utils.files import sync_directory
 
 
 def save_checkpoint(root: str | Path, policy: Policy, extra: dict, keep: int) -> Path:
-    """Writes the policy's state as the newest checkpoint in `root` and deletes all but the newest `keep`.
+    """Write the policy's state as the newest checkpoint in `root` and deletes all but the newest `keep`.
 
     A collective. `extra` is a JSON-able dict; rank 0's counts. Raises UserError where it cannot be written;
     the checkpoints that were there before are then untouched.
@@ -101,7 +101,7 @@ def read_extra(path: str | Path) -> dict:
 
 
 def load_checkpoint(path: str | Path, policy: Policy) -> dict:
-    """Puts `policy`, in any layout, where the checkpoint `path` left it; returns the caller's record (every rank).
+    """Restore `policy`, in any layout, from the checkpoint `path`; returns the caller's record (every rank).
 
     The policy must have started the same stage (begin_stage with the same config). Random states are restored where the
     layout is the checkpoint's.
@@ -160,7 +160,7 @@ def _metadata() -> dict:
 
 
 def _state(policy: Policy, loading: bool, same_layout: bool = True) -> dict:
-    """Megatron's sharded description of everything that goes into the torch_dist files."""
+    """Return Megatron's sharded description of everything that goes into the torch_dist files."""
     stage, world = policy.stage, policy.world
     models = {f"model{i}": chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(policy.chunks)}
     state = dict(models)
@@ -200,7 +200,7 @@ def _load_strategy():
 
 
 def _replicas():
-    """The ranks that hold the same shards: they write and read them between them."""
+    """Return the ranks that hold the same shards, which share reading and writing."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
@@ -273,7 +273,7 @@ def _bytes_needed(policy: Policy) -> int:
 
 
 def _complete(root: Path, partial: Path, target: Path, record: dict, keep: int) -> None:
-    """Marks the written checkpoint complete, gives it its name, deletes the oldest."""
+    """Mark the written checkpoint complete, give it its name, and delete the oldest."""
     files.write_record(partial, record)
     partial.rename(target)
     sync_directory(root)
@@ -282,7 +282,7 @@ def _complete(root: Path, partial: Path, target: Path, record: dict, keep: int) 
 
 
 def _shared(action, policy: Policy, root: Path):
-    """Rank 0's result of `action` on every rank; its failure to write is every rank's."""
+    """Return rank 0's result of `action` on every rank; every rank raises its failure to write."""
     message: list = [None, None]
     if policy.world.rank == 0:
         try:
@@ -296,7 +296,7 @@ def _shared(action, policy: Policy, root: Path):
 
 
 def _from_rank_0[T](action: Callable[[], T]) -> T:
-    """Rank 0's result of `action`, which must not fail, on every rank."""
+    """Return rank 0's result of `action`, which must not fail, on every rank."""
     return broadcast_from_rank(0, action() if dist.get_rank() == 0 else None)
 
 

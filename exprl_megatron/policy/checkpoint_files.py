@@ -104,7 +104,7 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def _share(names: Iterable[str], rank: int, ranks: int) -> list[str]:
-    """A rank reads what it wrote, which its node may still have in memory; what has no such rank is dealt out."""
+    """Assign each rank what it wrote, which its node may still have in memory; distribute the rest."""
     dealt = [(int(match[1]) if (match := _WRITER.fullmatch(name)) else i, name) for i, name in enumerate(sorted(names))]
     return [name for reader, name in dealt if reader % ranks == rank]
 

@@ -10,7 +10,7 @@ import torch
 
 
 def chunk_count(cp: int) -> int:
-    """Chunks of a sequence; its length is a multiple of this."""
+    """Return the chunks of a sequence; its length is a multiple of this."""
     return 1 if cp == 1 else 2 * cp
 
 
@@ -32,5 +32,5 @@ def own_columns(lengths: Sequence[int], cp: int, rank: int) -> torch.Tensor:
 
 
 def natural_order(lengths: Sequence[int], cp: int) -> torch.Tensor:
-    """Position of each column of the row in the concatenation of the ranks' parts: [sum(lengths)], int64."""
+    """Return the position of each column of the row in the concatenation of the ranks' parts: [sum(lengths)], int64."""
     return torch.cat([own_columns(lengths, cp, rank) for rank in range(cp)]).argsort()

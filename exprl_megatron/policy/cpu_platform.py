@@ -79,25 +79,25 @@ class CudaOnCpu(types.ModuleType):
         return 0
 
     def current_device(self) -> torch.device:
-        """Megatron allocates with device=torch.cuda.current_device(); a torch.device is valid there too."""
+        """Return a torch.device, which is valid where Megatron allocates with device=torch.cuda.current_device()."""
         return CPU
 
     def current_stream(self, device=None) -> NoStream:
-        """Gradient buffers and pipeline sends order themselves by streams."""
+        """Return a stream that orders nothing; gradient buffers and pipeline sends ask for one."""
         return NoStream()
 
     def stream(self, stream):
-        """A context that changes nothing."""
+        """Return a context that changes nothing."""
         return contextlib.nullcontext()
 
     def synchronize(self, device=None) -> None:
-        """Pipeline sends and checkpoint staging wait for the device."""
+        """Do nothing: pipeline sends and checkpoint staging would wait for a device."""
 
     def empty_cache(self) -> None:
         """Do nothing: there is no caching allocator."""
 
     def manual_seed(self, seed: int) -> None:
-        """The tracker of random states seeds the device's generator: here it is the CPU's."""
+        """Seed the CPU's generator, as the tracker of random states seeds the device's."""
         torch.default_generator.manual_seed(seed)
 
     def get_rng_state(self, device=None) -> torch.Tensor:
@@ -123,7 +123,7 @@ class TorchView(types.ModuleType):
 
 
 def _on_cpu(factory: Callable) -> Callable:
-    """`factory` with device="cuda" (schedules, gradient clipping) read as the CPU and without pinned memory."""
+    """Return `factory` with device="cuda" (schedules, gradient clipping) read as the CPU and without pinned memory."""
 
     @functools.wraps(factory)
     def make(*args, **kwargs):
@@ -137,7 +137,9 @@ def _on_cpu(factory: Callable) -> Callable:
 
 
 def _named_as_cuda(function: Callable) -> Callable:
-    """`function` while Tensor.type() says 'torch.cuda.FloatTensor': the optimizer sorts parameters by that string."""
+    """Return `function` while Tensor.type() says 'torch.cuda.FloatTensor': the optimizer sorts parameters by that
+    string.
+    """
     plain = torch.Tensor.type
 
     def cuda_type(self, dtype=None, **kwargs):
@@ -157,12 +159,14 @@ def _named_as_cuda(function: Callable) -> Callable:
 
 
 def _already_on_cpu(tensor, as_numpy: bool = False, record_stream: bool = False):
-    """Counts of tokens for each expert; Megatron turns them into numbers only where it moves them off the device."""
+    """Return each expert's count of tokens; Megatron turns them into numbers only where it moves them off the
+    device.
+    """
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _gather_uneven(gather: Callable) -> Callable:
-    """Megatron's gather along the first dimension; gloo knows no parts of different length, so they are padded."""
+    """Replace Megatron's gather along the first dimension; gloo needs parts of equal length, so they are padded."""
 
     @functools.wraps(gather)
     def call(input_, group, output_split_sizes=None, use_global_buffer=False):
@@ -278,7 +282,7 @@ VIEW = TorchView()
 
 
 def install() -> bool:
-    """Prepares this process for Megatron-Core on CPU; True if it did, False where CUDA makes it needless.
+    """Prepare this process for Megatron-Core on CPU; return True if it did, False where CUDA makes it needless.
 
     Calling it again changes nothing.
 

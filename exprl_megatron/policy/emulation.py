@@ -78,7 +78,7 @@ def emulate_fp8(chunk: GPTModel, precision: PrecisionConfig) -> None:
 
 
 def _rounding(kind: str) -> Rounding:
-    """Rounding of one linear layer's inputs, weights and gradients."""
+    """Return the rounding of one linear layer's inputs, weights and gradients."""
     if kind == "fp8-delayed":
         return Delayed(parallel_state.get_amax_reduction_group(with_context_parallel=True))
     stateless = {

@@ -23,7 +23,7 @@ class Rounding(Protocol):
     """How a linear layer's operands are rounded."""
 
     def __call__(self, operand: torch.Tensor, role: Role, training: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`operand` [rows, columns] rounded for a product that sums over its columns, and for one over its rows.
+        """Return `operand` [rows, columns] rounded for a product that sums over its columns, and for one over its rows.
 
         The second is None unless `training`: only the backward pass wants it.
         """
@@ -87,7 +87,7 @@ def round_blocks(
     dtype: torch.dtype,
     scale: Callable[[torch.Tensor, torch.dtype], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """`values` [rows, columns] with each block of `block` rows x columns rounded to `dtype` under its own scale.
+    """Return `values` [rows, columns] with each block of `block` rows x columns rounded to `dtype` under its own scale.
 
     Blocks at the lower and right edge hold what is left. `scale` makes a scale of an amax (default: scale_of_amax).
     """

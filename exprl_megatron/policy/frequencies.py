@@ -9,7 +9,7 @@ from exprl_megatron.models.rope import LinearScaling, Llama3Scaling, YarnScaling
 
 
 def rope_frequencies(architecture: Architecture) -> torch.Tensor:
-    """Angle of a head's pairs of turning dimensions per position, [pairs], fp32, stretched as the architecture says."""
+    """Return the angle per position of a head's rotary pairs, [pairs], fp32, stretched as the architecture says."""
     turning = int(architecture.head_dim * architecture.rotary_share)
     exponents = torch.arange(0, turning, 2, dtype=torch.float32) / turning
     frequencies = 1.0 / architecture.rope_base**exponents

@@ -23,7 +23,7 @@ from exprl_megatron.utils.gated_delta_rule import gated_delta_rule, of_length_on
 
 
 def delta_net_settings(architecture: Architecture) -> dict[str, Any]:
-    """Megatron's settings for layers with a gated delta net; none for a model without."""
+    """Return Megatron's settings for layers with a gated delta net; none for a model without."""
     net = architecture.delta_net
     if net is None:
         return {}
@@ -40,7 +40,7 @@ def delta_net_settings(architecture: Architecture) -> dict[str, Any]:
 
 
 def cuda_block(config: TransformerConfig, stage: int | None) -> TransformerBlockSubmodules:
-    """Decoder layers of Transformer Engine, and Megatron's gated delta nets among them where the config has any."""
+    """Return decoder layers of Transformer Engine, with Megatron's gated delta nets where the config has any."""
     if config.experimental_attention_variant is None:
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
     block = get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=stage)
@@ -115,7 +115,7 @@ class LocalGatedDeltaNet(GatedDeltaNet):
         return self.out_proj(mixed)
 
     def _of_like_length(self, projected: torch.Tensor) -> torch.Tensor:
-        """Sequences of one length: [count, length, projected] -> [count, length, value heads x value_dim]."""
+        """Compute sequences of one length: [count, length, projected] -> [count, length, value heads x value_dim]."""
         qkv, gate, beta, alpha = projected.split(self.feat_dim_split, dim=-1)
         query, key, value = self._convolved(qkv).split(
             (self.qk_dim_local_tp, self.qk_dim_local_tp, self.v_dim_local_tp), dim=-1

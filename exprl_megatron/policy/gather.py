@@ -54,7 +54,9 @@ class Gatherer:
         return dequantized(self._local[parameter.chunk][parameter.name].detach())
 
     def _receive(self, parameter: Parameter, rank: int, into: Sequence[torch.Tensor], index: int) -> None:
-        """The `index`-th shard from `rank` to its place, by way of memory that the next one takes again if need be."""
+        """Receive the `index`-th shard from `rank` into its place, through memory that the next one reuses if
+        need be.
+        """
         layout = self._world.layout
         shape = torch.Size(shard_shape(parameter, self.shapes, layout))
         if is_contiguous_shard(parameter, self.shapes, layout, index):
@@ -85,7 +87,7 @@ def bucket_plan(
 def gather_buckets(
     chunks: Sequence[torch.nn.Module], architecture: Architecture, world: World, bucket_bytes: int
 ) -> Iterator[Bucket]:
-    """Yields lists of (Hugging Face name, full tensor on this device) on rank 0, and as many empty lists elsewhere.
+    """Yield lists of (Hugging Face name, full tensor on this device) on rank 0, and as many empty lists elsewhere.
 
     A collective: every rank must iterate to the end. `chunks` are this rank's unwrapped model chunks. Between
     two yields rank 0 holds about one bucket; the tensors are its own to keep.
@@ -107,7 +109,7 @@ def gather_buckets(
 
 
 def _place(parameter: Parameter, shard: torch.Tensor, into: Sequence[torch.Tensor], index: int, ranks: int) -> None:
-    """Copies the `index`-th of `ranks` shards of a parameter to where it belongs in the full tensors."""
+    """Copy the `index`-th of `ranks` shards of a parameter to where it belongs in the full tensors."""
     rule, dim = parameter.rule, parameter.rule.split_dim
     for number, (tensor, part) in enumerate(zip(into, rule.parts(shard), strict=True)):
         if dim is None:

@@ -19,7 +19,9 @@ def has_fused_kernel() -> bool:
 
 
 def fuses_gradients(config: PolicyConfig, cuda: bool) -> bool:
-    """Megatron's `gradient_accumulation_fusion` for this policy; None of the config is True wherever that works."""
+    """Return Megatron's `gradient_accumulation_fusion` for this policy; None of the config is True wherever
+    that works.
+    """
     wanted = config.gradient_accumulation_fusion
     if wanted is None:
         return cuda and config.precision.resolved(cuda).kind == "bf16" and has_fused_kernel()

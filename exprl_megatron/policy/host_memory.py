@@ -47,7 +47,7 @@ class HostMemory:
             self._blocks.append(_block(size, self._pinned))
 
     def _pieces(self, storages: Sequence[torch.UntypedStorage]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Parts of a storage [bytes] with their places in a block, in order."""
+        """Yield parts of a storage [bytes] with their places in a block, in order."""
         number, used = 0, 0
         for storage in storages:
             whole = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)

@@ -48,7 +48,7 @@ COMPANIONS = (
 def load_huggingface(
     chunks: Sequence[torch.nn.Module], architecture: Architecture, world: World, directory: str | Path
 ) -> None:
-    """Fills this rank's parameters from the safetensors in `directory`, reading only what they need.
+    """Fill this rank's parameters from the safetensors in `directory`, reading only what they need.
 
     Values are converted to the parameters' dtype. Raises UserError where the directory has no weights, a
     truncated file, or a tensor too many, too few or of another shape than config.json says.
@@ -60,7 +60,7 @@ def load_huggingface(
 
 
 def initialize(chunks: Sequence[torch.nn.Module], architecture: Architecture, world: World, seed: int) -> None:
-    """Fills this rank's parameters with fresh weights, the same model for every layout."""
+    """Fill this rank's parameters with fresh weights, the same model for every layout."""
     with RandomWeights(architecture, seed) as source:
         _fill(chunks, architecture, world, source)
 
@@ -73,7 +73,7 @@ def save_huggingface(
     directory: str | Path,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes the model as `directory`: safetensors (several with an index above `shard_bytes`), config, tokenizer.
+    """Write the model as `directory`: safetensors (several with an index above `shard_bytes`), config, tokenizer.
 
     A collective; config, tokenizer files and the tensors that a policy is without are taken from `origin`. The
     directory appears, complete, by one rename, and is refused where it exists.
@@ -103,7 +103,7 @@ def save_huggingface(
 
 
 def write_config(origin: Path, directory: Path, dtype: str, **changes) -> None:
-    """Writes `origin`'s config.json into `directory`, with the weights' dtype and `changes` in it."""
+    """Write `origin`'s config.json into `directory`, with the weights' dtype and `changes` in it."""
     config = json.loads((origin / "config.json").read_text(encoding="utf-8"))
     # A vision model says it of its language model too.
     for section in (config, config.get("text_config")):
@@ -113,7 +113,7 @@ def write_config(origin: Path, directory: Path, dtype: str, **changes) -> None:
 
 
 def copy_companions(origin: Path, directory: Path) -> None:
-    """Copies tokenizer and generation settings."""
+    """Copy tokenizer and generation settings."""
     for name in COMPANIONS:
         if (origin / name).is_file():
             shutil.copyfile(origin / name, directory / name)
@@ -139,7 +139,7 @@ def _fill(
 
 
 def _check_tied(source: Safetensors, directory: str | Path, architecture: Architecture, world: World) -> None:
-    """A second, different output layer beside a tied embedding would be lost silently."""
+    """Refuse a second, different output layer beside a tied embedding, which would be lost silently."""
     if not source.has(HEAD):
         return
     tied = embedding(architecture)
@@ -153,7 +153,7 @@ def _check_tied(source: Safetensors, directory: str | Path, architecture: Archit
 
 
 def _attempt(action: Callable[..., None], *arguments) -> str | None:
-    """Runs `action`; the reason, in a few words, where the file system refused."""
+    """Run `action`; return the reason, in a few words, where the file system refused."""
     try:
         action(*arguments)
     except OSError as error:
@@ -176,7 +176,7 @@ def _write_shard(partial: Path, number: int, bucket: list[tuple[str, torch.Tenso
 
 
 def _copy_left_out(found: dict[str, Path], partial: Path, written: list[dict[str, int]], shard_bytes: int) -> None:
-    """Adds shards with the tensors of `found`, each with the file that it is in."""
+    """Add shards with the tensors of `found`, each with the file that it is in."""
     bucket: list[tuple[str, torch.Tensor]] = []
     for name, path in found.items():
         with open_safetensors(path) as file:

@@ -22,7 +22,7 @@ class RotationTable(RotaryEmbedding):
         return tuple(packed_seq_params.cu_seqlens_q.diff().tolist())
 
     def get_emb(self, max_seq_len: int | tuple[int, ...], offset: int = 0) -> torch.Tensor:
-        """[tokens, 1, 1, 2 x turning dimensions], fp32: each sequence begins at position 0.
+        """Return [tokens, 1, 1, 2 x turning dimensions], fp32: each sequence begins at position 0.
 
         Of a packed row the tokens that this context-parallel rank holds; of padded rows all, `forward` cuts them.
         """
@@ -43,7 +43,7 @@ class SwiGlu(torch.nn.Module):
         super().__init__()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., 2 x ffn] -> [..., ffn]."""
+        """Apply the activation: [..., 2 x ffn] -> [..., ffn]."""
         return _SwiGlu.apply(hidden)
 
 

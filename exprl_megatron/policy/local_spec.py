@@ -103,7 +103,7 @@ POST_NORM = Modules(ColumnLinear, RowLinearWithNorm, ScaledCausalAttention, RMSN
 
 
 def local_block(config: TransformerConfig, layers: Sequence[Architecture]) -> TransformerBlockSubmodules:
-    """Decoder layers like those of `layers`, and the final norm (which Megatron builds on the last stage alone)."""
+    """Return decoder layers like those of `layers`, and the final norm (Megatron builds it on the last stage alone)."""
     return TransformerBlockSubmodules(layer_specs=[_layer(config, layer) for layer in layers], layer_norm=RMSNorm)
 
 
@@ -147,7 +147,7 @@ def _dense_mlp() -> dict:
 
 
 def _experts() -> dict:
-    """Router and experts in the MLP's place; the norm before them is a separate module, as the router reads it too."""
+    """Return router and experts in place of the MLP; the norm before them is separate, as the router reads it too."""
     linear = MLPSubmodules(ColumnParallelLinear, RowParallelLinear, activation_func=SwiGlu)
     experts = MoESubmodules(
         experts=partial(SequentialMLP, submodules=linear), shared_experts=partial(SharedExpertMLP, submodules=linear)

@@ -46,7 +46,7 @@ def response_log_probs(
     chunk: int | None,
     sequence_parallel: bool,
 ) -> torch.Tensor:
-    """Log-probs and entropy, stacked: [2, batch, length], fp32; 0 where no response token is the target.
+    """Return log-probs and entropy, stacked: [2, batch, length], fp32; 0 where no response token is the target.
 
     hidden: [columns, rows, hidden] (under sequence parallelism this rank's part of the columns); weight: this
     tensor-parallel rank's rows of the output layer; targets: [batch, length]; places, slots: see ModelInput;
@@ -74,7 +74,7 @@ class VocabularyParallelLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, vocabulary, chunk, group):
-        """Log-probs and entropy of the targets.
+        """Compute log-probs and entropy of the targets.
 
         More than 7 parameters: torch passes the inputs of an autograd function one by one.
         """
@@ -141,7 +141,7 @@ class _Tiles:
         return _slices(tokens, self.chunk or TILE_BYTES // (min(len(self.weight), TILE_ROWS) * logit_bytes))
 
     def logits(self, hidden: torch.Tensor, rows: slice) -> torch.Tensor:
-        """[tokens, rows], fp32."""
+        """Return the logits, [tokens, rows], fp32."""
         logits = torch.nn.functional.linear(hidden, self.weight[rows]).float().div_(self.temperature)
         logits[:, max(self.real - rows.start, 0) :] = PADDED
         return logits
@@ -167,7 +167,7 @@ class _Tiles:
 
 
 def _rescaled(sums: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """S and U relative to `new` in place of `old`."""
+    """Return S and U relative to `new` in place of `old`."""
     factor, shift = (old - new).exp(), old - new
     return sums[0] * factor, (sums[1] + sums[0] * shift) * factor
 
@@ -183,7 +183,7 @@ def _within(targets: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Ten
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total (fp32) += left @ right, without a copy where all are fp32."""
+    """Add left @ right to total (fp32), without a copy where all are fp32."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:

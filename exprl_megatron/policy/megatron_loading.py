@@ -19,7 +19,7 @@ def is_converted(directory: str | Path) -> bool:
 
 
 def load_converted(chunks: Sequence[torch.nn.Module], architecture: Architecture, directory: str | Path) -> None:
-    """Fills this rank's parameters from `directory`; see load_files.
+    """Fill this rank's parameters from `directory`; see load_files.
 
     Raises UserError where the files do not account for every parameter.
     """
@@ -30,7 +30,7 @@ def load_converted(chunks: Sequence[torch.nn.Module], architecture: Architecture
 
 @torch.no_grad()
 def load_files(chunks: Sequence[torch.nn.Module], files: Path) -> None:
-    """Fills this rank's parameters from torch_dist files, reading only what they need; they keep their dtype.
+    """Fill this rank's parameters from torch_dist files, reading only what they need; they keep their dtype.
 
     A collective, through Megatron's own loading.
     """

@@ -52,7 +52,7 @@ def build_chunks(
 
 
 def transformer_config(architecture: Architecture, config: PolicyConfig, device: torch.device) -> TransformerConfig:
-    """Megatron's own configuration; `device` decides which fused kernels are asked for."""
+    """Return Megatron's own configuration; `device` decides which fused kernels are asked for."""
     layout, dtype, cuda = config.layout, DTYPES[config.precision.dtype], device.type == "cuda"
     fused = fuses_gradients(config, cuda)
     recompute = {
@@ -149,7 +149,7 @@ def _softmax_scale(architecture: Architecture) -> float | None:
 
 
 def _windows(architecture: Architecture) -> dict:
-    """Megatron counts the tokens before a token, and marks layers with windows by 1."""
+    """Return Megatron's window settings: it counts the tokens before a token, and marks layers with windows by 1."""
     if architecture.window is None:
         return {}
     marks = [int(kind == SLIDING) for kind in architecture.layer_types]
@@ -157,7 +157,7 @@ def _windows(architecture: Architecture) -> dict:
 
 
 def _expert_settings(architecture: Architecture, config: PolicyConfig, cuda: bool) -> dict:
-    """Megatron's settings for a mixture of experts; none for a dense model."""
+    """Return Megatron's settings for a mixture of experts; none for a dense model."""
     experts = architecture.experts
     if experts is None:
         return {}

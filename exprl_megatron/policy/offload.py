@@ -85,12 +85,14 @@ class Offload:
         return [storage for storage in found if storage._cdata not in known]
 
     def _buffers(self) -> list:
-        """Megatron's, which hold the gradients."""
+        """Return Megatron's buffers, which hold the gradients."""
         return [buffer for chunk in self._policy.wrapped for buffer in chunk.buffers + chunk.expert_parallel_buffers]
 
 
 def _drop_quantized_copies(chunks: Iterable[torch.nn.Module]) -> None:
-    """Transformer Engine's modules keep weights as they were quantized for a first micro-batch, beside BF16 ones."""
+    """Drop the weights that Transformer Engine's modules keep as quantized for a first micro-batch, beside BF16
+    ones.
+    """
     for chunk in chunks:
         for module in chunk.modules():
             copies = getattr(module, "_fp8_workspaces", None)

@@ -88,7 +88,7 @@ def separate_step_counters(optimizer: MegatronOptimizer) -> None:
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Megatron chains optimizers."""
+    """Return the optimizers that Megatron chains."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
@@ -98,7 +98,7 @@ def _torch_adam_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def _number_within_groups(part: DistributedOptimizer) -> None:
-    """A parameter's state is looked for at its own place, also in groups with parameters of two dtypes.
+    """Make Megatron look for a parameter's state at its own place, also in groups with parameters of two dtypes.
 
     Megatron 0.19.2 numbers a group's parameters in the order of its buffers, which has bf16 first, and gives its
     optimizer those in fp32 first: where a group has both, it would save one parameter's state as another's.
@@ -144,7 +144,7 @@ def _with_padding(packed: torch.Tensor, buffer) -> torch.Tensor:
 
 
 def _create_state(adam: torch.optim.AdamW) -> None:
-    """AdamW creates its state at the first step, but DistributedOptimizer reads it before."""
+    """Create AdamW's state, which exists only after the first step but which DistributedOptimizer reads before."""
     for group in adam.param_groups:
         for parameter in group["params"]:
             zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
@@ -152,7 +152,7 @@ def _create_state(adam: torch.optim.AdamW) -> None:
 
 
 def _accept_states_without_step(part: DistributedOptimizer) -> None:
-    """A reshardable checkpoint keeps `step` once, not per parameter, but the loader looks for it there."""
+    """Accept a reshardable checkpoint that keeps `step` once, where the loader looks for one per parameter."""
     load = part._set_main_param_and_optimizer_states
 
     def load_with_step(model_param, tensors):

@@ -48,7 +48,7 @@ def is_wrapped_for(wrapped: Sequence[DistributedDataParallel], config: Optimizer
 
 
 def gather_weights(wrapped: Sequence[DistributedDataParallel]) -> None:
-    """Waits until every rank has the last update's weights; a collective, to precede reading them outside a forward."""
+    """Wait until every rank has the last update's weights; a collective, to precede reading them outside a forward."""
     for chunk in wrapped:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
@@ -70,7 +70,7 @@ def no_grad_sync(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
 
 
 def _begin_reductions_in_the_last_backward(wrapped: list[DistributedDataParallel]) -> None:
-    """Tells Megatron's schedules, which read the first chunk's config, when reductions may begin.
+    """Set when reductions may begin for Megatron's schedules, which read the first chunk's config.
 
     In a pipeline all stages begin at the same time, so that none holds up the others.
     """
@@ -83,7 +83,7 @@ def _begin_reductions_in_the_last_backward(wrapped: list[DistributedDataParallel
 
 
 def _wait_for_the_output_layer(chunk: DistributedDataParallel) -> None:
-    """The loss reads the output layer's weight without calling the layer: wait for it with the final norm's."""
+    """Wait for the output layer with the final norm: the loss reads its weight without calling the layer."""
     model = chunk.module
     if model.post_process:
         wait = chunk._make_forward_pre_hook()

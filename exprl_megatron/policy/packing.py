@@ -63,7 +63,7 @@ def plan_micro_batches(
     group: int = 1,
     work: Sequence[float] | None = None,
 ) -> MicroBatchPlan:
-    """Spreads sequences over ranks so that these get like work, and there over micro-batches.
+    """Spread sequences over ranks so that these get like work, and there over micro-batches.
 
     A micro-batch holds at most `budget` tokens with its padding (a single longer sequence makes a micro-batch of
     its own). All ranks get the same number of micro-batches, a multiple of `group`. `work` is that of each sequence, in
@@ -90,7 +90,7 @@ def padding_share(lengths: Sequence[int], plan: MicroBatchPlan, shape: PackingSh
 
 
 def padded(length: int, multiple: int) -> int:
-    """`length` rounded up to `multiple`."""
+    """Return `length` rounded up to `multiple`."""
     return math.ceil(length / multiple) * multiple
 
 
@@ -168,7 +168,7 @@ def _balance(
 def _fill_padded(
     own: list[int], count: int, *, lengths: Sequence[int], budget: int, shape: PackingShape
 ) -> list[list[int]]:
-    """Neighbors in length together, as few micro-batches as the budget allows, and source_ranks up to `count`."""
+    """Put neighbors in length together, as few micro-batches as the budget allows, and source_ranks up to `count`."""
     micros: list[list[int]] = []
     for index in own:
         longest = lengths[micros[-1][0]] if micros else 0

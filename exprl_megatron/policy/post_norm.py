@@ -38,7 +38,7 @@ class Modules:
 
 
 def post_norm_block(modules: Modules, layers: int) -> TransformerBlockSubmodules:
-    """`layers` decoder layers, and the final norm (which Megatron builds on the last stage alone)."""
+    """Return `layers` decoder layers, and the final norm (which Megatron builds on the last stage alone)."""
     linear = MLPSubmodules(modules.column_linear, modules.row_linear_with_norm, activation_func=modules.activation)
     layer = ModuleSpec(
         module=TransformerLayer,
@@ -104,14 +104,14 @@ class WholeWidthAttention(SelfAttention):
         return super().forward(*args, rotary_pos_emb=own, **kwargs)
 
     def get_query_key_value_tensors(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[sequence, batch, heads or groups of this rank, head_dim], queries and keys normalized."""
+        """Return [sequence, batch, heads or groups of this rank, head_dim], queries and keys normalized."""
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
         weights = self.q_norm(), self.k_norm()
         return (*whole_width_norms((query, key), weights, self.q_norm.eps, self.q_norm.group), value)
 
 
 def two_tables(full: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
-    """Frequencies of both kinds of layers, [pairs] each, as the [2 x pairs] that Megatron makes its table of."""
+    """Return the frequencies of both kinds of layers, [pairs] each, as the [2 x pairs] of Megatron's table."""
     return torch.cat((full, window))
 
 
@@ -135,7 +135,9 @@ class WholeWidthNorm(torch.nn.Module):
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self) -> torch.Tensor:
-        """[heads of this rank, head_dim]; by a call, as Megatron waits for a gathered weight in its module's hooks."""
+        """Return [heads of this rank, head_dim]; by a call, as Megatron waits for a gathered weight in its module's
+        hooks.
+        """
         return self.weight.view(self.shape)
 
     def sharded_state_dict(
@@ -198,7 +200,7 @@ class _WholeWidthNorms(torch.autograd.Function):
 
 
 def _means_over_ranks(values: Iterable[torch.Tensor], group) -> list[torch.Tensor]:
-    """[..., heads of this rank, head_dim] each -> [..., 1, 1] each: the means over all ranks' heads."""
+    """Reduce [..., heads of this rank, head_dim] each to [..., 1, 1] each: the means over all ranks' heads."""
     sums, sizes = [], []
     for each in values:
         sums.append(each.sum((-2, -1), keepdim=True))

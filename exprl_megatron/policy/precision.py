@@ -39,7 +39,7 @@ def ddp_settings(config: TransformerConfig) -> dict[str, Any]:
 
 
 def optimizer_settings(config: TransformerConfig) -> dict[str, Any]:
-    """Megatron's OptimizerConfig fields that go with a model's FP8 products."""
+    """Return Megatron's OptimizerConfig fields that go with a model's FP8 products."""
     return {"fp8_recipe": config.fp8_recipe} if config.fp8 else {}
 
 
@@ -50,7 +50,7 @@ def dequantized(parameter: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def set_parameter(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Sets a parameter, or buffer, to `value` (of its shape), rounding where the parameter is in 8 bits.
+    """Set a parameter, or buffer, to `value` (of its shape), rounding where the parameter is in 8 bits.
 
     Such a parameter remembers, until an optimizer asks, what it was before it was rounded: the optimizer's fp32
     weights start from that, so it has to be set too.

@@ -9,18 +9,20 @@ import torch
 
 
 def rotation_table(angles: torch.Tensor) -> torch.Tensor:
-    """[positions, pairs] -> [positions, 1, 1, 4 x pairs]: what the halves (x1, x2) and (x2, x1) are multiplied by."""
+    """Return [positions, 1, 1, 4 x pairs] of [positions, pairs]: the factors of the halves (x1, x2) and (x2, x1)."""
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos, -sin, sin), dim=-1)[:, None, None]
 
 
 def rotate_rows(states: torch.Tensor, table: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
-    """states [sequence, batch, heads, head_dim], and the table of its positions; `interleaved` is not known here."""
+    """Rotate states [sequence, batch, heads, head_dim] by the table of its positions; `interleaved` is not
+    known here.
+    """
     return _Rotation.apply(states, *table.to(states.dtype).chunk(2, dim=-1))
 
 
 def rotate_packed_row(states: torch.Tensor, cu_seqlens: torch.Tensor, table: torch.Tensor, **_) -> torch.Tensor:
-    """states [tokens, heads, head_dim], and the table of the tokens' positions, each in its own sequence."""
+    """Rotate states [tokens, heads, head_dim] by the table of the tokens' positions, each in its own sequence."""
     return _Rotation.apply(states, *table[:, 0].to(states.dtype).chunk(2, dim=-1))
 
 

@@ -15,7 +15,7 @@ from exprl_megatron.policy.world import World
 def routed_rows(
     sequences: Sequence[TrainSample], shape: PackingShape, routing: Routing, layers: Sequence[int], world: World
 ) -> torch.Tensor:
-    """[tokens, layers, top_k], uint8 or int16: the experts of every token that this rank's routers see.
+    """Return [tokens, layers, top_k], uint8 or int16: the experts of every token that this rank's routers see.
 
     `layers` are those of the rank, counted from 0 over the whole model. The tokens are in the order of the hidden
     states [columns, rows, hidden] that `model_input` leads to, flattened: of the rank's columns under context
@@ -37,7 +37,9 @@ def routed_rows(
 
 
 def stage_experts(sample: TrainSample, layers: Sequence[int]) -> np.ndarray | None:
-    """[tokens - 1, layers, top_k]: the experts of `sample` for `layers`, which are among its own; None: it has none."""
+    """Return [tokens - 1, layers, top_k]: the experts of `sample` for `layers`, which are among its own; None: it has
+    none.
+    """
     if sample.routed_experts is None:
         return None
     own = sample.routed_layers or tuple(range(sample.routed_experts.shape[1]))
@@ -48,7 +50,7 @@ def stage_experts(sample: TrainSample, layers: Sequence[int]) -> np.ndarray | No
 
 
 def _any_experts(tokens: int, layers: int, routing: Routing) -> np.ndarray:
-    """[tokens, layers, top_k]: distinct experts for each token, all of them equally often.
+    """Return [tokens, layers, top_k]: distinct experts for each token, all of them equally often.
 
     For padding and for the last token of a sequence, which the server has sampled and never read; no log-prob depends
     on them.

@@ -19,7 +19,7 @@ def forget_routers() -> None:
 
 
 def layer_routers(chunk: torch.nn.Module) -> list[tuple[int, RouterReplay]]:
-    """(the layer, counted from 0 over the whole model; what its router replays) for each mixture in `chunk`."""
+    """Return (the layer, counted from 0 over the whole model; what its router replays) for each mixture in `chunk`."""
     routers = [
         (layer.layer_number - 1, getattr(layer.mlp, "router", None)) for layer in unwrap_model(chunk).decoder.layers
     ]

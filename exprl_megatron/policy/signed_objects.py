@@ -78,7 +78,7 @@ def _alike(item: Any, group: dist.ProcessGroup) -> tuple[list[int], torch.Tensor
 
 
 def _signed(item: Any) -> torch.Tensor:
-    """[bytes] uint8: the code, then the pickle."""
+    """Return [bytes] uint8: the code, then the pickle."""
     # Sequences of a step are gigabytes: they are written once, behind the place for the code.
     buffer = io.BytesIO(bytes(MAC_BYTES))
     buffer.seek(0, io.SEEK_END)

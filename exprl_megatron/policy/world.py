@@ -76,7 +76,7 @@ def enter_world(layout: Layout, seed: int = 0, timeout_s: float = 600.0, key: st
 
 
 def make_groups(layout: Layout, timeout_s: float = 600.0, gloo: bool = True) -> None:
-    """Megatron's process groups for `layout`, in place of those of another layout; torch's own must be there.
+    """Make Megatron's process groups for `layout` in place of those of another layout; torch's own must exist.
 
     `gloo`: beside each data-parallel group a gloo one, which checkpoints use.
     """

@@ -273,6 +273,8 @@ def _shown(value: Any) -> str:
 
 
 def _shown_keys(record: dict[str, Any]) -> str:
-    """The names of the first fields of a record; a source that is a function may have keys that are not text."""
+    """Return the the names of the first fields of a record; a source that is a function may have keys that are not
+    text.
+    """
     shown = [key if isinstance(key, str) and len(key) <= 60 else _shown(key) for key in itertools.islice(record, 20)]
     return ", ".join([*shown, *(["..."] if len(record) > len(shown) else [])]) or "no field"

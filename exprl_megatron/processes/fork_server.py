@@ -106,6 +106,6 @@ class ForkServer:
 
 
 def _adopt(wanted: bool) -> None:
-    """Whether descendants of this process whose parent ends become its children."""
+    """Set whether descendants of this process whose parent ends become its children."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")

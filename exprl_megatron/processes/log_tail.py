@@ -12,7 +12,7 @@ _SHOWN = 300
 
 
 def log_tail(log_file: Path | None, lines: int = 15) -> str:
-    """` Log: PATH; its last lines:` and those lines, or as much of it as there is.
+    """Return ` Log: PATH; its last lines:` and those lines, or as much of it as there is.
 
     Names the exception that ended a server's process too, where those lines do not have it: the other ranks log the
     death of the first one after its own error. Reads the last MiB.

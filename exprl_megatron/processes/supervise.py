@@ -113,7 +113,7 @@ def _shared_memory(pid: int) -> set[str]:
 
 
 def _kill_group(group: int) -> None:
-    """SIGKILL whatever is left of the server's process group: children whose parent died before they watched it."""
+    """Kill (SIGKILL) the rest of the server's process group: children whose parent died before they watched it."""
     try:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:

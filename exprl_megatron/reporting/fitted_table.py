@@ -12,7 +12,8 @@ def print_table(console: Console, table: Table) -> None:
 
 
 def fit_table(console: Console, table: Table) -> list[Table]:
-    """`table` alone where it fits; else its records as columns of one or more tables, with its headings on the left.
+    """Return `table` alone where it fits; else its records as columns of one or more tables, with its headings on the
+    left.
 
     A single record that is too wide has its cells folded.
     """

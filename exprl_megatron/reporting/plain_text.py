@@ -12,13 +12,13 @@ _SHOWN_AS = (
 
 
 def escaped(text: str) -> str:
-    """`text` with pictures of its control characters, and a sign for each character that reorders others or that
+    """Return `text` with pictures of its control characters, and a sign for each character that reorders others or that
     cannot be encoded; as long as `text`."""
     return text.encode("utf-8", "replace").decode().translate(_SHOWN_AS)
 
 
 def escaped_text(text: str, style: str = "") -> Text:
-    """`text` as `escaped` has it, without markup."""
+    """Return `text` as `escaped` has it, without markup."""
     return Text(escaped(text), style)
 
 

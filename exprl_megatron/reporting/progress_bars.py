@@ -54,7 +54,7 @@ class StepProgress:
 
     @contextmanager
     def bar(self, name: str, total: int) -> Iterator[Bar]:
-        """Bars, each up to `total`, that vanish when the block ends; work beside other work has none."""
+        """Show bars, each up to `total`, that vanish when the block ends; work beside other work has none."""
         if self._shown or not self._console.is_terminal:
             yield Bar(None, total)
             return
@@ -67,7 +67,7 @@ class StepProgress:
             self._shown = False
 
     def step_done(self, stage: str, step: int, of: int, metrics: Mapping[str, float], seconds: float) -> None:
-        """The line of a finished step: step `step` (1-based) of the `of` steps of its stage."""
+        """Print the line of a finished step: step `step` (1-based) of the `of` steps of its stage."""
         self._done += 1
         self._seconds += seconds
         left = self._seconds / self._done * max(0, self._steps - self._done)

@@ -42,6 +42,6 @@ def _share(value: float) -> str:
 
 
 def _number(value: float) -> str:
-    """Three significant digits, two with an exponent, which has no needless zero or sign."""
+    """Return three significant digits, two with an exponent, which has no needless zero or sign."""
     text = f"{value:.3g}"
     return text if "e" not in text else f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e")

@@ -100,7 +100,7 @@ class RunDirectory:
         ]
 
     def _resolved(self, config: RunConfig, begun: bool) -> RunConfig:
-        """`config` with all that is decided where a run starts; one that is resumed continues as it was."""
+        """Return `config` with all that is decided where a run starts; one that is resumed continues as it was."""
         if begun and config.policy.router_replay is None:
             config = _with_replay(config, self._started_config().policy.router_replay)
         return with_router_replay(config.with_precision())

@@ -164,7 +164,7 @@ def checksums(
 
 
 def _in_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype, sigmoid_router: bool) -> torch.Tensor:
-    """`tensor` as a server keeps it whose model is in `dtype`."""
+    """Return `tensor` as a server keeps it whose model is in `dtype`."""
     return tensor.to(getattr(torch, served_dtype(name, str(dtype).removeprefix("torch."), sigmoid_router)))
 
 

@@ -153,7 +153,7 @@ class SGLangClient(HttpClient):
         return ExpectedReply(max_new_tokens, self.vocabulary, log_probs, tuple(watched_ids), self.text_check, routing)
 
     async def _read_reply[T](self, path: str, parse: Callable[[bytes], T], reply: bytes) -> T:
-        """A long reply is read in a thread: the event loop continues meanwhile."""
+        """Read a long reply in a thread: the event loop continues meanwhile."""
         if len(reply) < _LONG_REPLY:
             return self._read(path, parse, reply)
         return await in_reply_thread(self._read, path, parse, reply, size=len(reply))
@@ -343,7 +343,7 @@ class SGLangClient(HttpClient):
         await self._post("/flush_cache", None)
 
     async def checksums(self, *, deadline_s: float | None = None) -> tuple[dict[str, str], ...]:
-        """Checksum of every tensor of the weights under SGLang's (fused) names, one dict for each TP rank.
+        """Return the checksum of every tensor of the weights under SGLang's (fused) names, one dict for each TP rank.
 
         `serving.checksums` computes the same from Hugging Face-named tensors.
         """
@@ -375,7 +375,7 @@ class SGLangClient(HttpClient):
             )
 
     async def info(self, *, deadline_s: float | None = None) -> dict[str, Any]:
-        """/get_model_info: model_path, weight_version and more."""
+        """Return /get_model_info: model_path, weight_version and more."""
         return self._read("/get_model_info", dict, await self._request("GET", "/get_model_info", None, deadline_s))
 
     async def loaders(self) -> list[str]:

@@ -245,7 +245,7 @@ def read_scores(body: bytes, token_ids: Sequence[int] | np.ndarray) -> Scores:
 
 
 def _cut(body: bytes, key: bytes) -> tuple[bytes, memoryview | None]:
-    """`body` with an empty list for the value of `key`, and that value without white space; None: it has none.
+    """Return `body` with an empty list for the value of `key`, and that value without white space; None: it has none.
 
     What is cut out begins behind the key and ends with a bracket, but may still be anything. Raises ValueError where
     `key` is there more than once, or where its entries are lists and the last one is not closed.
@@ -274,7 +274,7 @@ def _refuse_repeats(body: bytes, fields: Sequence[bytes]) -> None:
 
 
 def _dense(block: memoryview) -> memoryview:
-    """`block` without white space; not copied where there is none, and SGLang itself writes none."""
+    """Return `block` without white space; not copied where there is none, and SGLang itself writes none."""
     if not (np.frombuffer(block, np.uint8) <= _SPACE).any():
         return block
     return memoryview(bytes(block).translate(None, _WHITESPACE))
@@ -289,7 +289,7 @@ class _Entries:
     field: str
 
     def log_probs(self) -> np.ndarray:
-        """[count], float32; raises ValueError where one is not finite, or above 0."""
+        """Return the log-probs, [count], float32; raises ValueError where one is not finite, or above 0."""
         if not len(self.commas):
             return np.empty(0, np.float32)
         log_probs = _parsed(self.block, self._starts(), self.commas[0::3], pa.float32(), self.field)
@@ -300,7 +300,7 @@ class _Entries:
         return log_probs
 
     def token_ids(self) -> np.ndarray:
-        """[count], int32."""
+        """Return the token ids, [count], int32."""
         if not len(self.commas):
             return np.empty(0, np.int32)
         return _parsed(self.block, self.commas[0::3] + 1, self.commas[1::3], pa.int32(), self.field)

@@ -47,7 +47,7 @@ _expected: tuple[str, bytes] = ("", b"")
 
 
 def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """SGLang's custom weight loader: executes the command that is passed as the name of the only tensor.
+    """Execute the command that is passed as the name of the only tensor: this is SGLang's custom weight loader.
 
     The tensor has no values (shape []). `join` makes this rank a member of the trainer's group in place of any former
     group, and reports the slices that it needs; `receive` fills the parameters; `leave` ends the membership; `finish`
@@ -216,7 +216,7 @@ class _Member:
 
     @torch.no_grad()
     def receive(self) -> None:
-        """One version of the weights."""
+        """Receive one version of the weights."""
         if self._transfers is None:
             self._transfers = unpack_transfers(self._records.get(f"transfers/{self._rank}"), self._needs)
         parameters = dict(self._model.named_parameters())

@@ -29,7 +29,7 @@ class ParameterView:
     """Where the parameter's memory is seen as numbers of another dtype: which. Offset, size and stride are of these."""
 
     def view(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """[rows, columns], of the parameter as it is now."""
+        """Return [rows, columns], of the parameter as it is now."""
         data = parameters[self.parameter].data
         seen = data if self.words is None else data.view(self.words)
         return torch.as_strided(seen, self.size, self.stride, self.offset)
@@ -115,7 +115,7 @@ def _in_words(place: ParameterView, count: int, words: torch.dtype) -> Parameter
 
 
 def _by_rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """[rows, all other dimensions together]: a view, for which these are contiguous."""
+    """Return [rows, all other dimensions together]: a view, for which these are contiguous."""
     try:
         return tensor.view(len(tensor), -1)
     except RuntimeError as error:
@@ -123,7 +123,7 @@ def _by_rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _rectangle(name: str, part: torch.Tensor, whole: torch.Tensor) -> tuple[int, int, int, int]:
-    """Row, rows, column and columns of the `part` of `whole`."""
+    """Return the row, rows, column and columns of the `part` of `whole`."""
     width = whole.shape[1] if whole.dim() == 2 else 1
     columns = part.shape[1] if part.dim() == 2 else 1
     expected = (width, 1)[: part.dim()]

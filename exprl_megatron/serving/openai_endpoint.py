@@ -126,7 +126,7 @@ class OpenAIEndpoint(HttpClient):
 
 
 def judge_endpoints(config: JudgeConfig) -> list[OpenAIEndpoint]:
-    """Clients of `config.endpoints`, named `judge-0`, `judge-1`, ..., with the key from the environment.
+    """Return clients of `config.endpoints`, named `judge-0`, `judge-1`, ..., with the key from the environment.
 
     Raises:
         UserError: `config.api_key_variable` names a variable that is not set.

@@ -28,7 +28,7 @@ _PLACED = struct.Struct("<5iQ")
 
 
 def hash_parts(parts: Iterable[tuple[Slice, torch.Tensor]]) -> np.ndarray:
-    """uint64 [parts]: of each part's place in a server's parameter and of its bytes.
+    """Return uint64 [parts]: of each part's place in a server's parameter and of its bytes.
 
     A part is [rows, columns], of any strides, all on one device; each is looked at once, in order.
     """
@@ -44,7 +44,9 @@ def hash_parts(parts: Iterable[tuple[Slice, torch.Tensor]]) -> np.ndarray:
 
 
 def accumulate_hashes(numbers: np.ndarray, hashes: np.ndarray, count: int) -> np.ndarray:
-    """uint64 [count]: the sums, modulo 2**64, of the hashes that have the same of `count` numbers (both [parts])."""
+    """Return uint64 [count]: the sums, modulo 2**64, of the hashes that have the same of `count` numbers (both
+    [parts]).
+    """
     sums = np.zeros(count, dtype=np.uint64)
     np.add.at(sums, numbers, hashes)
     return sums
@@ -77,7 +79,7 @@ def _byte_hash(numbers: torch.Tensor) -> int:
 
 
 def _pieces(numbers: torch.Tensor, nbytes: int) -> Iterator[torch.Tensor]:
-    """The bytes of `numbers`, row by row, about `nbytes` at once: the same pieces whatever the strides."""
+    """Yield the bytes of `numbers`, row by row, about `nbytes` at once: the same pieces whatever the strides."""
     rows = max(1, nbytes // (numbers.shape[1] * numbers.element_size()))
     for some in numbers.split(rows):
         yield _bytes(some.contiguous())
@@ -89,13 +91,13 @@ def _bytes(numbers: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _keys(device: torch.device) -> torch.Tensor:
-    """int64 [words of a tile]: what each word of a tile is multiplied by."""
+    """Return int64 [words of a tile]: the factor of each word of a tile."""
     keys = [_signed(xxhash.xxh3_64_intdigest(index.to_bytes(4, "little"))) for index in range(_TILE)]
     return torch.tensor(keys, dtype=torch.int64, device=device)
 
 
 def _mixed(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's output function on int64, whose products keep their low 64 bits."""
+    """Compute SplitMix64's output function on int64, whose products keep their low 64 bits."""
     x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ _shifted(x, 31)

@@ -49,7 +49,8 @@ def cut_routed_experts(body: bytes) -> tuple[bytes, bytes | None]:
 
 
 def read_routed_experts(sent: bytes | None, tokens: int, routing: Routing) -> np.ndarray:
-    """[tokens - 1, layers, top_k], uint8 or int16: the experts of the `tokens` of prompt and response but the last.
+    """Return [tokens - 1, layers, top_k], uint8 or int16: the experts of the `tokens` of prompt and response but the
+    last.
 
     Raises:
         ValueError: they were not sent, are of another number, or a token has not `top_k` different experts of the
@@ -69,7 +70,7 @@ def read_routed_experts(sent: bytes | None, tokens: int, routing: Routing) -> np
 
 
 def _ids(sent: bytes, count: int, routing: Routing, rows: int) -> np.ndarray:
-    """[count] ids of the kind that `sent` has."""
+    """Return [count] ids of the kind that `sent` has."""
     kind, end = _SENT, len(sent)
     # The last byte of an int32 is 0, as no model has 2^24 experts.
     if sent and sent[-1] in _COMPACT:

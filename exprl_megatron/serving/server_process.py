@@ -237,7 +237,7 @@ def check_servers(specs: Sequence[ServerSpec]) -> list[int]:
 
 
 def start_servers(specs: Sequence[ServerSpec], starter: Starter | None = None) -> list[Server]:
-    """`launch_servers`, then `wait_servers`."""
+    """Call `launch_servers`, then `wait_servers`."""
     servers = launch_servers(specs, starter)
     wait_servers(servers)
     return servers

@@ -48,7 +48,9 @@ def module_of(name: str) -> str:
 
 
 def sections(module: str, rows: int, delta_net: DeltaNet | None) -> list[tuple[int, int]]:
-    """First row and rows of the sections of a module's tensor that are each cut on their own; `rows`: all of it."""
+    """Return the first row and rows of the sections of a module's tensor that are each cut on their own; `rows`: all of
+    it.
+    """
     if delta_net is None or module not in _QUERY_KEY_VALUE:
         return [(0, rows)]
     return [(0, delta_net.keys), (delta_net.keys, delta_net.keys), (2 * delta_net.keys, delta_net.values)]
@@ -93,7 +95,7 @@ def server_needs(
 
 
 def parts_of(name: str, shape: tuple[int, ...], delta_net: DeltaNet | None) -> list[tuple[int, tuple[int, ...]]]:
-    """First row and shape of each of a tensor's `sections`."""
+    """Return the first row and shape of each of a tensor's `sections`."""
     return [(first, (rows, *shape[1:])) for first, rows in sections(module_of(name), shape[0], delta_net)]
 
 

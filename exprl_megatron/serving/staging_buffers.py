@@ -20,7 +20,7 @@ class StagingBuffers:
     def take(
         self, slot: int, transfers: Sequence[Sequence[torch.Tensor]]
     ) -> tuple[list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
-        """For each transfer, given as its parts in parameters, return the contiguous memory that is sent or received.
+        """Return, for each transfer, given as its parts in parameters, the contiguous memory that is sent or received.
 
         That is the parameter's own memory where a transfer has one part, which is contiguous and of `dtype`; otherwise
         it is memory of the slot, which overwrites the slot's previous content. The second result is each part that has

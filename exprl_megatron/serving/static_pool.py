@@ -34,5 +34,5 @@ class StaticPool:
         self._version = version
 
     async def abort(self, error: ServerError) -> None:
-        """Raises `error`."""
+        """Raise `error`."""
         raise error

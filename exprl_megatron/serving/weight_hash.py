@@ -74,7 +74,7 @@ class WordHash:
         return f"{_splitmix64(self._total & (1 << 64) - 1):016x}"
 
     def _add(self, data: torch.Tensor) -> None:
-        """Whole tiles; words past the tensor's end count nothing."""
+        """Add whole tiles; words past the tensor's end count nothing."""
         if data.storage_offset() % 4:
             data = data.clone()  # a view of words must begin at one
         for tiles in data.view(torch.int32).view(-1, _TILE).split(_TILES_AT_ONCE):
@@ -92,7 +92,7 @@ _SECOND_SEED = (_SEED * 0x9E3779B1 ^ 0xDEADBEEF) & _MASK
 
 
 def _finalise(x: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's last step on 32-bit words."""
+    """Compute MurmurHash3's last step on 32-bit words."""
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK
     return x ^ (x >> 16)

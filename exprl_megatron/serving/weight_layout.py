@@ -191,7 +191,9 @@ def _of_rank(joined: _Joined, rank: int, tp: int, kv_heads: int, server: Device)
 
 
 def _held_of(shape: tuple[int, ...], cut: Cut | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Row, rows, column and columns of a rank's part, and of the zeros behind it, seen from the part's first number."""
+    """Return the row, rows, column and columns of a rank's part, and of the zeros behind it, seen from the part's first
+    number.
+    """
     extents = [(0, size) for size in rectangle(shape)]
     zeros = [(0, 0), (0, 0)]
     if cut is not None:

@@ -38,7 +38,7 @@ def group_backend() -> str:
 
 
 def gpu_count() -> int:
-    """CUDA devices that trainer and servers may use here; 0 where they run on the CPU."""
+    """Return the number of CUDA devices that trainer and servers may use here; 0 where they run on the CPU."""
     return _devices()[1] if uses_cuda() else 0
 
 
@@ -107,7 +107,7 @@ def environment(cuda: bool) -> dict[str, str]:
 
 
 def hide_unused_cuda() -> bool:
-    """`uses_cuda()`, and where that is False hide the CUDA devices from this process's libraries and its children.
+    """Return `uses_cuda()`, and where it is False hide the CUDA devices from this process's libraries and children.
 
     A hidden device is reported on stderr, in one line, by the first process that hides it.
     """

@@ -34,7 +34,8 @@ class ArrayFields:
 
 
 def read_only(values: Any, dtype: type) -> np.ndarray:
-    """`values` as an array [n] of `dtype` that cannot be written to; shares the memory of one that has that type.
+    """Return `values` as an array [n] of `dtype` that cannot be written to; shares the memory of one that has that
+    type.
 
     Raises:
         ValueError: it has another number of dimensions.

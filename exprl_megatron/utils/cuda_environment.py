@@ -40,7 +40,7 @@ def shared_variables(inherited: Mapping[str, str], server_args: Sequence[str], t
 
 
 def shared_text(inherited: Mapping[str, str], server_args: Sequence[str], tp: int) -> str:
-    """`shared_variables` in one line, to be compared with those of a process on another machine."""
+    """Return `shared_variables` in one line, to be compared with those of a process on another machine."""
     return " ".join(f"{name}={value}" for name, value in sorted(shared_variables(inherited, server_args, tp).items()))
 
 

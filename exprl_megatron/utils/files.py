@@ -78,7 +78,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that becomes `path` at the end: a crash or an error leaves the old file or none.
+    """Open a file to write to that becomes `path` at the end: a crash or an error leaves the old file or none.
 
     It is there under its name when this returns, also after a power cut.
     """

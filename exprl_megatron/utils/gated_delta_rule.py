@@ -8,7 +8,7 @@ _EPS = 1e-6
 
 
 def of_length_one(heads: torch.Tensor) -> torch.Tensor:
-    """[..., dim] divided by its length, in fp32."""
+    """Return [..., dim] divided by its length, in fp32."""
     heads = heads.float()
     return heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + _EPS)
 
@@ -63,7 +63,7 @@ def gated_delta_rule(
 
 
 def _chunks(tensor: torch.Tensor, chunk: int) -> torch.Tensor:
-    """[count, tokens, heads, ...] -> fp32 [count, heads, chunks, chunk, ...].
+    """Reshape [count, tokens, heads, ...] to fp32 [count, heads, chunks, chunk, ...].
 
     It is filled with zeros, which leave a state as it is.
     """

@@ -39,7 +39,7 @@ def _group(settings, _: object) -> ProcessGroupGloo:
 
 @lru_cache
 def _devices(process: int, interfaces: str) -> list:
-    """A forked process cannot use those of the one that it is forked from: their threads are not there."""
+    """Return this process's devices: a forked process cannot use its parent's, whose threads it does not have."""
     if not interfaces:
         return [ProcessGroupGloo.create_default_device()]
     return [ProcessGroupGloo.create_device(interface=name) for name in interfaces.split(",")]

@@ -88,12 +88,16 @@ def difference_bounds(first: np.ndarray, second: np.ndarray, confidence: float =
 
 
 def boundary_margin(units: int, confidence: float = 0.95) -> float:
-    """Upper Clopper-Pearson bound of a share of which `units` independent units show nothing; 3.7 / units for 95 %."""
+    """Return the upper Clopper-Pearson bound of a share of which `units` independent units show nothing; 3.7 / units
+    for 95 %.
+    """
     return 1 - ((1 - confidence) / 2) ** (1 / units)
 
 
 def _variance(values: np.ndarray) -> _Variance:
-    """Components of the variance of the mean of [..., seeds, problems]; zero with one seed, whose luck is unknown."""
+    """Return the components of the variance of the mean of [..., seeds, problems]; zero with one seed, whose luck is
+    unknown.
+    """
     seeds, problems = values.shape[-2:]
     if seeds == 1:
         return _Variance(np.zeros(values.shape[:-2]), np.zeros(values.shape[:-2]))
@@ -106,13 +110,13 @@ def _variance(values: np.ndarray) -> _Variance:
 
 
 def _variance_of_mean(values: np.ndarray) -> np.ndarray:
-    """Squared standard error of the mean over the last axis; zero for one value."""
+    """Return the squared standard error of the mean over the last axis; zero for one value."""
     count = values.shape[-1]
     return values.var(-1, ddof=1) / count if count > 1 else np.zeros(values.shape[:-1])
 
 
 def _satterthwaite(parts: list[tuple[np.ndarray, int]]) -> np.ndarray:
-    """Degrees of freedom of a sum of (variance, degrees of freedom); 1 where all are zero."""
+    """Return the degrees of freedom of a sum of (variance, degrees of freedom); 1 where all are zero."""
     total = sum(variance for variance, _ in parts)
     spread = sum(np.square(variance) / freedom for variance, freedom in parts if freedom)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -120,7 +124,7 @@ def _satterthwaite(parts: list[tuple[np.ndarray, int]]) -> np.ndarray:
 
 
 def _clopper_pearson(mean: np.ndarray, trials: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    """Exact binomial bounds, for numbers of trials and successes that need not be whole."""
+    """Return the exact binomial bounds, for numbers of trials and successes that need not be whole."""
     right, wrong, tail = trials * mean, trials * (1 - mean), (1 - confidence) / 2
     low = np.where(right > 0, betaincinv(np.where(right > 0, right, 1), wrong + 1, tail), 0.0)
     high = np.where(wrong > 0, betaincinv(right + 1, np.where(wrong > 0, wrong, 1), 1 - tail), 1.0)

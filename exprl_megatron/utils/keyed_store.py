@@ -38,7 +38,7 @@ def connect_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
 
 
 def keyed_names(store: dist.Store, key: str | None, purpose: str) -> dist.Store:
-    """`store` as those see it who have `key`; for nobody's key as it is."""
+    """Return `store` as those see it who have `key`; for nobody's key as it is."""
     return dist.PrefixStore(hidden_name(key, purpose), store) if key else store
 
 

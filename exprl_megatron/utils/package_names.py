@@ -41,7 +41,7 @@ def _declared(distribution: Distribution) -> list[str]:
 
 
 def _recorded(distribution: Distribution) -> Iterator[str]:
-    """Directories and modules at the top of what was installed."""
+    """Yield directories and modules at the top of what was installed."""
     record = distribution.read_text("RECORD")
     if record is None or '"' in record:
         paths = {file.parts[0]: len(file.parts) > 1 for file in distribution.files or ()}

@@ -24,7 +24,7 @@ def is_free(port: int, host: str = LOCAL) -> bool:
 
 
 def free_ports(count: int, taken: Set[int] = frozenset()) -> list[int]:
-    """`count` different ports on which nothing listens and which are not in `taken`.
+    """Return `count` different ports on which nothing listens and which are not in `taken`.
 
     Raises:
         OSError: there are not that many.

@@ -4,7 +4,8 @@ import numpy as np
 
 
 def routed_experts_array(value: np.ndarray | None, tokens: int) -> np.ndarray | None:
-    """`value` as a read-only array [tokens - 1, layers, top_k]: the last token was sampled, and read by no layer.
+    """Return `value` as a read-only array [tokens - 1, layers, top_k]: the last token was sampled, and read by no
+    layer.
 
     Raises:
         ValueError: it has another shape, or is not of integers.

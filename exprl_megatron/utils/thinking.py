@@ -30,7 +30,7 @@ _BARE_FINAL = re.compile(r"assistant\s*final")
 
 
 def mask_thinking(text: str) -> str:
-    """`text` with everything that is not the answer replaced by as many newlines, so that places stay the same.
+    """Return `text` with everything that is not the answer replaced by as many newlines, so that places stay the same.
 
     A block that is never closed reaches to the end of the text; a closing tag without an opening one ends a block
     that the prompt has opened.
@@ -47,7 +47,9 @@ def mask_thinking(text: str) -> str:
 
 
 def _tags(text: str) -> Iterator[re.Match]:
-    """The tags in `text`, which are looked for only where one can begin: so many forms take long at every character."""
+    """Yield the tags in `text`, which are looked for only where one can begin: so many forms take long at every
+    character.
+    """
     end = 0
     for start in _TAG_START.finditer(text):
         if start.start() >= end and (tag := _TAG.match(text, start.start())):
@@ -56,7 +58,7 @@ def _tags(text: str) -> Iterator[re.Match]:
 
 
 def _tagged(text: str) -> list[tuple[int, int]]:
-    """Spans outside of blocks."""
+    """Return the spans outside of blocks."""
     kept: list[tuple[int, int]] = []
     start, thinks = 0, False
     for tag in _tags(text):
@@ -72,7 +74,7 @@ def _tagged(text: str) -> list[tuple[int, int]]:
 
 
 def _channels(text: str) -> list[tuple[int, int]] | None:
-    """Spans of GPT-OSS's channel `final`; None where the text has no channels."""
+    """Return the spans of GPT-OSS's channel `final`; None where the text has no channels."""
     messages = list(_CHANNEL.finditer(text))
     if messages:
         spans = []

@@ -114,7 +114,7 @@ def apply_delta(snapshot: BaseSnapshot, path: Path) -> str:
 
 
 def _places(directory: Path) -> Iterator[tuple[str, tuple[Path, int, int]]]:
-    """File, offset and size of each tensor, from the files' headers."""
+    """Yield file, offset and size of each tensor, from the files' headers."""
     for path in sorted(directory.glob("*.safetensors")):
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

@@ -21,7 +21,7 @@ _POLL_S = 0.05
 
 
 def answer_path(shared: Path, host: str) -> Path:
-    """File in which the agent of `host` reports: {id of the request, local, error}."""
+    """Return the file in which the agent of `host` reports: {id of the request, local, error}."""
     return shared / f"agent-{host}.json"
 
 

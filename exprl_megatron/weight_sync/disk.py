@@ -122,7 +122,7 @@ class SafetensorsFiles:
 
 
 def copy_description(model: Path, target: Path) -> None:
-    """Copies config and tokenizer of a model directory."""
+    """Copy config and tokenizer of a model directory."""
     for path in model.iterdir():
         if path.is_file() and path.suffix in (".json", ".jinja") and "safetensors" not in path.name:
             shutil.copyfile(path, target / path.name)

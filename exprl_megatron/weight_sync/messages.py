@@ -121,7 +121,7 @@ def _sent_bytes(parameter: Parameter, shapes: dict[str, Shape], dtype: str, fp8:
 
 
 def _sent(parameter: Parameter, shapes: dict[str, Shape], dtype: str, fp8: bool) -> list[tuple[str, str, Shape]]:
-    """(name, dtype, shape) of the tensors that are sent for a parameter."""
+    """Return (name, dtype, shape) of the tensors that are sent for a parameter."""
     found = []
     for name in parameter.hf_names:
         shape = shapes[name]

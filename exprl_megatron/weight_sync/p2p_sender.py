@@ -44,7 +44,7 @@ class P2PSender:
         return in_background("weights", work)
 
     def _cuts(self, gatherer: Gatherer, transfer: Transfer) -> list[torch.Tensor]:
-        """Views of a transfer's parts in this rank's parameters."""
+        """Return views of a transfer's parts in this rank's parameters."""
         cuts = []
         for part in transfer.parts:
             own = gatherer.own(self._parameters[part.of])

@@ -115,7 +115,7 @@ def plan_checksums(architecture: Architecture, world: World, server_tp: int) -> 
 
 
 def own_sums(plan: ChecksumPlan, gatherer: Gatherer, world: World) -> np.ndarray:
-    """uint64 [plan.count]: for each parameter the sum, modulo 2**64, of the hashes of this rank's parts."""
+    """Return uint64 [plan.count]: for each parameter the sum, modulo 2**64, of the hashes of this rank's parts."""
     sums = accumulate_hashes(plan.numbers, hash_parts(_own_parts(plan, gatherer)), plan.count)
     if world.rank == 0:
         zeros = (

@@ -82,7 +82,9 @@ def shard_table(
 def _repeated(
     first: Parameter, rows: list[tuple[int, list[int], np.ndarray]], shapes: dict[str, Shape], layout: Layout
 ) -> np.ndarray:
-    """SHARD rows of parameters that are cut as `first` is; `rows` has each one's number, tensors and holdings."""
+    """Return SHARD rows of parameters that are cut as `first` is; `rows` has each one's number, tensors and
+    holdings.
+    """
     pattern = np.array(list(_pattern(first, shapes, layout)), dtype=np.int32)
     tensors = np.array([tensors for _, tensors, _ in rows], dtype=np.int32)
     found = np.empty((len(rows), len(pattern)), dtype=SHARD)
@@ -95,7 +97,7 @@ def _repeated(
 
 
 def _pattern(parameter: Parameter, shapes: dict[str, Shape], layout: Layout) -> Iterable[tuple[int, ...]]:
-    """(which of its tensors, which shard, row, rows, column, columns, local row) of each of its rectangles."""
+    """Yield (which of its tensors, which shard, row, rows, column, columns, local row) of each of its rectangles."""
     parts = len(holders(parameter, layout))
     dim = parameter.rule.split_dim
     runs_of = _runs(parameter.rule, shard_shape(parameter, shapes, layout)[0])

@@ -105,7 +105,7 @@ class WeightSync:
         )
 
     async def _prepare(self, version: str) -> str:
-        """Returns what is to be done: `nothing`, `push`, or `connect` the transport to the servers first."""
+        """Return what is to be done: `nothing`, `push`, or `connect` the transport to the servers first."""
         if not await self._targets.prepare(version):
             return "nothing"
         return "push" if self._targets.clients == self._connected else "connect"

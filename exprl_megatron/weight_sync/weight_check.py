@@ -135,7 +135,7 @@ def to_served_dtypes(bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 async def held_checksums(clients: Sequence[SGLangClient], deadline_s: float) -> list[RankChecksums]:
-    """SGLang's own checksums of what each tensor-parallel rank of each server holds."""
+    """Return SGLang's own checksums of what each tensor-parallel rank of each server holds."""
     return await gather_or_cancel(client.checksums(deadline_s=deadline_s) for client in clients)
 
 

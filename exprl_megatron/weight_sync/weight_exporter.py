@@ -111,7 +111,7 @@ class WeightExporter:
         return filled
 
     def gather_smallest(self, stage: int) -> FilledBucket | None:
-        """`smallest_messages[stage]`, on the stage's first rank; a collective of the stage's ranks."""
+        """Return `smallest_messages[stage]`, on the stage's first rank; a collective of the stage's ranks."""
         message, root = self.smallest_messages[stage], sender(stage, self._world.layout)
         if self._world.rank != root:
             for parameter in message.parameters:

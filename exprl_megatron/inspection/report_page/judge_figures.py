@@ -18,7 +18,7 @@ _DISAGREES = 0.5
 
 
 def judge_figures(groups: Sequence[InspectedGroup], most_tokens: int) -> dict[str, Any]:
-    """Figures of all traces of one step; lengths are in LENGTH_BINS equal bins up to `most_tokens`.
+    """Return the figures of all traces of one step; lengths are in LENGTH_BINS equal bins up to `most_tokens`.
 
     A reason that is no short word, which a run of an earlier version may have from a verifier of its own, is `other`.
     """
@@ -49,7 +49,8 @@ def _lengths(samples: Sequence[GradedTrace], most_tokens: int) -> list[list[int]
 
 
 def _agreement(samples: Sequence[GradedTrace]) -> dict[str, Any] | None:
-    """{compared, disagree, right, wrong}: the last two are the judge's mean scores of right and of wrong answers.
+    """Return {compared, disagree, right, wrong}: the last two are the judge's mean scores of right and of wrong
+    answers.
 
     None where no trace has both a judge's score and a verifier's.
     """

@@ -31,7 +31,8 @@ class JudgeWords:
             self._store.close()
 
     def asked(self, key: str | None) -> dict[str, Any] | None:
-        """{messages: [[role, text]], rubric: [{text, weight, quote, mark}], answer} of the judgement under `key`.
+        """Return {messages: [[role, text]], rubric: [{text, weight, quote, mark}], answer} of the judgement under
+        `key`.
 
         None where there is no store or the store has no such entry.
         """

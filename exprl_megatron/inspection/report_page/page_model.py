@@ -40,7 +40,7 @@ class PageReader:
         self._predicted: list[dict[str, Any]] | None = None
 
     def stamp(self) -> tuple:
-        """Differs where a run has left something new."""
+        """Return a value that differs where a run has written something new."""
         found = []
         for run in self._runs:
             directory = run.directory

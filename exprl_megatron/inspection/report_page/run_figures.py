@@ -22,7 +22,8 @@ _DRAWN_STEPS = 60
 
 
 def curves(directory: RunDirectory) -> dict[str, Any]:
-    """{steps, stages, wall, metrics: {name: values}, evaluations} of metrics.jsonl; None stands for a missing value.
+    """Return {steps, stages, wall, metrics: {name: values}, evaluations} of metrics.jsonl; None stands for a missing
+    value.
 
     Steps count over all stages; `wall` is in seconds of the run.
     """
@@ -65,7 +66,7 @@ def run_to_dict(directory: RunDirectory, canary: str | None) -> dict[str, Any]:
 
 
 def time_spent(directory: RunDirectory) -> dict[str, Any]:
-    """{phases, steps: [{stage, step, seconds}], stages: {stage: sentence}, spans} of timeline.jsonl."""
+    """Return {phases, steps: [{stage, step, seconds}], stages: {stage: sentence}, spans} of timeline.jsonl."""
     try:
         spans = read_timeline(directory.timeline)
     except UserError:
@@ -86,7 +87,9 @@ def time_spent(directory: RunDirectory) -> dict[str, Any]:
 
 
 def predictions(config: RunConfig, directory: RunDirectory) -> dict[str, Any]:
-    """{device, rows: [{stage, phase, predicted_s, measured_s}]} by the planner, or {missing: why there is none}."""
+    """Return {device, rows: [{stage, phase, predicted_s, measured_s}]} by the planner, or {missing: why there
+    is none}.
+    """
     from exprl_megatron.inspection.plan_vs_run import compare_run, prediction_device
 
     try:
@@ -102,7 +105,9 @@ def predictions(config: RunConfig, directory: RunDirectory) -> dict[str, Any]:
 
 
 def config_rows(configs: Sequence[RunConfig], without_references: bool) -> list[dict[str, Any]]:
-    """[{key, values: a text for each run, differs}] of all keys; of the canary its presence alone where asked for."""
+    """Return [{key, values: a text for each run, differs}] of all keys; of the canary its presence alone where asked
+    for.
+    """
     flat = [_flat(config.model_dump(mode="json")) for config in configs]
     if without_references:
         for values in flat:
@@ -138,7 +143,9 @@ def _evaluation(record: Mapping) -> dict[str, Any]:
 
 
 def _spans(spans: Sequence[Span], stage: str, last: int) -> list[list]:
-    """[stage, step, name, start, end] of the last steps of a stage, without the spans that only enclose others."""
+    """Return [stage, step, name, start, end] of the last steps of a stage, without the spans that only enclose
+    others.
+    """
     return [
         [span.stage, span.step, span.name, span.start, span.end]
         for span in spans

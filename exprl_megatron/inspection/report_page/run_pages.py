@@ -75,7 +75,7 @@ class RunPages:
         self._loaded: dict[ProblemsConfig, dict[str, Problem]] = {}
 
     def figures(self) -> dict[str, Any]:
-        """{name, directory, record, curves, time, stages} of the whole run."""
+        """Return {name, directory, record, curves, time, stages} of the whole run."""
         return {
             "name": self.name,
             "directory": escaped(str(self.directory.root)),

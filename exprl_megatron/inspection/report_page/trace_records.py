@@ -36,7 +36,7 @@ class TraceRecords:
         self._references = references
 
     def group(self, inspected: InspectedGroup) -> dict[str, Any]:
-        """{number, problem, domain, prompt, reference, answer}; its traces are records of their own."""
+        """Return {number, problem, domain, prompt, reference, answer}; its traces are records of their own."""
         group = inspected.group
         problem = self._problems.get(group.problem_id)
         record = {
@@ -70,7 +70,9 @@ class TraceRecords:
         }
 
     def texts(self, inspected: InspectedGroup, place: int) -> dict[str, Any]:
-        """{segments, words, finding, tokens}: the response in the pieces that were judged, and who said what of it."""
+        """Return {segments, words, finding, tokens}: the response in the pieces that were judged, and who said what of
+        it.
+        """
         sample = inspected.group.samples[place]
         advantages = None if inspected.advantages is None else inspected.advantages[place]
         places = self._tokenizer.characters_before(sample.trace)
@@ -125,7 +127,8 @@ def _verdict(judgement: Judgement) -> dict[str, Any]:
 
 
 def _tokens(sample: GradedTrace, places: Places | None, gap: np.ndarray | None) -> dict[str, list] | None:
-    """{characters, log_probs, gaps}: of each token its number of characters, and its log-prob in thousandths of a nat.
+    """Return {characters, log_probs, gaps}: of each token its number of characters, and its log-prob in thousandths of
+    a nat.
 
     `gaps`, only where the run keeps the trainer's log-probs: trainer's less sampler's in nats, to two digits.
     """

@@ -175,7 +175,7 @@ def attend(batch: Batch, jobs: list[Job]) -> torch.Tensor:
 
 
 def pieces(batch: Batch, jobs: list[Job]) -> Iterator[list[Job]]:
-    """The jobs, those together that a piece has room for and whose padding costs less than a call of their own."""
+    """Yield the jobs, joined where a piece has room and the padding costs less than a call of their own."""
     waiting = sorted((job for job in jobs if job.count), key=lambda job: (job.count, job.length), reverse=True)
     piece: list[Job] = []
     longest = least = 0
@@ -245,7 +245,7 @@ def _attend_together(batch: Batch, jobs: list[Job]) -> None:
 def _masked(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor, scaling
 ) -> torch.Tensor:
-    """Attention of queries that see the keys up to number `seen` [requests, queries]."""
+    """Compute attention of queries that see the keys up to number `seen` [requests, queries]."""
     share, count = queries.shape[1] // keys.shape[1], queries.shape[2]
     visible = torch.arange(keys.shape[2]) <= seen[..., None]
     # Heads that share keys are further queries of one head: no key is copied for each of them.
@@ -256,7 +256,7 @@ def _masked(
 
 
 def _gathered(cache: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """[requests, kv heads, tokens, width] of the cache [places, kv heads, width]."""
+    """Return [requests, kv heads, tokens, width] of the cache [places, kv heads, width]."""
     rows = cache.flatten(1).index_select(0, places.flatten())
     return rows.view(*places.shape, *cache.shape[1:]).transpose(1, 2)
 

@@ -28,7 +28,7 @@ def split_projection(
 def gates(
     log_decay: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logarithms of what is left of a state, and what is written of a value: fp32 [1, tokens, value heads] each."""
+    """Return logarithms of a state's decay and the written share of a value: fp32 [1, tokens, value heads] each."""
     decay = -log_decay.float().exp() * softplus(alpha.float() + bias.float())
     return decay[None], beta.float().sigmoid()[None]
 
@@ -45,7 +45,7 @@ def convolve(
     query_start_loc: torch.Tensor,
     seq_lens_cpu: Sequence[int],
 ) -> torch.Tensor:
-    """New tokens of several requests, one after another in x [channels, tokens]; returns the same.
+    """Convolve new tokens of several requests, one after another in x [channels, tokens]; returns the same shape.
 
     The slots of `conv_states` are read where `has_initial_state`, and written. `weight` is [channels, kernel].
     """
@@ -96,7 +96,7 @@ def read_prompts(
     head_first: bool,
     use_qk_l2norm_in_kernel: bool,
 ) -> tuple[torch.Tensor, None, None]:
-    """Gated delta rule for new tokens of several requests; the slots of `initial_state` are read and written.
+    """Apply the gated delta rule to new tokens of several requests; reads and writes the slots of `initial_state`.
 
     q and k [1, tokens, key heads, key_dim], v [1, tokens, value heads, value_dim], g and beta as of `gates`. Returns
     what v is, and nothing in place of states, which are in their slots. Neighbors of one length are computed together.
@@ -160,7 +160,7 @@ def read_next(
 
 
 def _heads(x: torch.Tensor, value_heads: int) -> torch.Tensor:
-    """[tokens, key heads, key_dim] of any length -> fp32 [tokens, value heads, key_dim] of length 1."""
+    """Normalize [tokens, key heads, key_dim] of any length to fp32 [tokens, value heads, key_dim] of length 1."""
     return of_length_one(x).repeat_interleave(value_heads // x.shape[1], dim=1)
 
 

@@ -51,5 +51,5 @@ def weight_goes_first(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def weight_first(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x weight^T, row by row in memory as SGLang's own."""
+    """Compute x weight^T, row by row in memory as SGLang's own."""
     return torch.mm(weight, x.t()).t().contiguous()

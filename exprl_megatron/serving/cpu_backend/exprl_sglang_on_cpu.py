@@ -49,7 +49,7 @@ def activate() -> None:
 
 
 def _plain_memory(*_, **__) -> None:
-    """SGLang registers the memory for routed experts with CUDA, whatever the device: the server would die of it."""
+    """Use plain memory for routed experts: SGLang registers it with CUDA, whatever the device, and would die."""
     from sglang.srt.mem_cache.pool_host import common
 
     common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate
@@ -60,5 +60,5 @@ def _allocate(dims, dtype, device, pin_memory, allocator, registration_granulari
 
 
 def _fork(*_) -> None:
-    """SGLang has just chosen to spawn, which CUDA needs: each process would import for 7 s what the first one has."""
+    """Fork in place of SGLang's spawn, which CUDA needs: each process would import for 7 s what the first one has."""
     multiprocessing.set_start_method("fork", force=True)

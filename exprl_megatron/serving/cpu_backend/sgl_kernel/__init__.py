@@ -27,7 +27,7 @@ def _absorb(state: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
 
 
 def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3_x86_32, hash seed 0, of the 16 bytes (seed low, seed high, position, column).
+    """Compute MurmurHash3_x86_32, hash seed 0, of the 16 bytes (seed low, seed high, position, column).
 
     `seed` [n] uint64 or int64, `positions` [n], `col_indices` [m]; the result is [n, m] uint32. What is of rows or
     columns alone is computed on 32-bit words held in int64; a product that overflows keeps its low 32 bits right.
@@ -51,7 +51,7 @@ def _signed(word: int) -> int:
 
 
 def _shifted(words: torch.Tensor, bits: int, out: torch.Tensor) -> torch.Tensor:
-    """int32 `words` to the right, with zeros from the left."""
+    """Shift int32 `words` to the right, with zeros from the left."""
     return torch.bitwise_right_shift(words, bits, out=out).bitwise_and_(_MASK >> bits)
 
 
