@@ -4,9 +4,6 @@
 content of its file.
 """
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -20,7 +17,7 @@ from exprl_megatron.judging.judge_model import model_identity
 from exprl_megatron.judging.prompt import load_prompt, prompt_set_hash
 from exprl_megatron.launch.plugin_checks import plugin_hashes
 from exprl_megatron.policy.megatron_files import MEGATRON
-from exprl_megatron.problems.problem import Problem, Reference
+from exprl_megatron.problems.contents import hash_problems, hash_value
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.training.examples import read_examples
 
@@ -44,7 +41,7 @@ def _contents(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield from plugin_hashes(config).items()
     for number, stage in enumerate(config.stages):
         if isinstance(stage, SftStage) and stage.examples is not None:
-            yield f"stages.{number}.examples", _hash(read_examples(Path(stage.examples)))
+            yield f"stages.{number}.examples", hash_value(read_examples(Path(stage.examples)))
         elif stage.problems is not None:
             yield f"stages.{number}.problems", _problems(stage.problems)
     if config.has_evaluation:
@@ -66,7 +63,7 @@ def _contents(config: RunConfig) -> Iterator[tuple[str, str]]:
 def _model(directory: str) -> str:
     """Return `model_identity`; of weights in Megatron's format, together with a hash of pieces of these files."""
     converted = [(path.name, _sampled(path)) for path in sorted((Path(directory) / MEGATRON).glob("*.distcp"))]
-    return _hash([model_identity(directory), converted]) if converted else model_identity(directory)
+    return hash_value([model_identity(directory), converted]) if converted else model_identity(directory)
 
 
 def _sampled(path: Path) -> str:
@@ -82,21 +79,4 @@ def _sampled(path: Path) -> str:
 
 @cache
 def _problems(config: ProblemsConfig) -> str:
-    digest = xxhash.xxh3_128()
-    for problem in load_problems(config):
-        digest.update(_text(_fields(problem)).encode(errors="surrogatepass"))
-    return digest.hexdigest()
-
-
-def _fields(problem: Problem) -> list:
-    """Return every field, with a hash in place of the reference."""
-    values = (getattr(problem, field.name) for field in dataclasses.fields(problem))
-    return [_hash(value.for_training()) if isinstance(value, Reference) else value for value in values]
-
-
-def _hash(value: object) -> str:
-    return hashlib.sha256(_text(value).encode(errors="surrogatepass")).hexdigest()
-
-
-def _text(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, default=dataclasses.asdict)
+    return hash_problems(load_problems(config))

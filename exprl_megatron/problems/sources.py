@@ -15,6 +15,7 @@ from exprl_megatron.config.plugin_path import is_plugin
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.plugins.calling import Plugin, described
+from exprl_megatron.problems.contents import check_expected
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.records import group_faults, parse_problem, parse_record, parse_records, raise_faults
 
@@ -41,14 +42,22 @@ def load_problems(config: ProblemsConfig) -> list[Problem]:
     Raises:
         UserError: the source cannot be read or is empty, a line or a field is faulty, or an id occurs twice; one
             sentence for each of the first ten different faults.
-        PluginError: the user's function failed, or yielded something other than a record.
+        PluginError: the user's function failed, yielded something other than a record, or other problems than
+            `expect_problems` names.
     """
     cache = _cache.get()
     if cache is None:
-        return [problem for problem, _ in load_records(config)]
+        return _load(config)
     if config not in cache:
-        cache[config] = [problem for problem, _ in load_records(config)]
+        cache[config] = _load(config)
     return list(cache[config])
+
+
+def _load(config: ProblemsConfig) -> list[Problem]:
+    problems = [problem for problem, _ in load_records(config)]
+    if is_custom_source(config.source):
+        check_expected(config, problems)
+    return problems
 
 
 def first_problem(config: ProblemsConfig) -> Problem:

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from exprl_megatron.config.load import check_config
+from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.renamed import with_new_names
 from exprl_megatron.config.resuming import refused_changes
 from exprl_megatron.config.run import RunConfig
@@ -126,6 +127,18 @@ class RunDirectory:
                 "resume it with its own config, or start a new run in another directory. docs/resume.md lists what may "
                 "change."
             )
+
+    def recorded_problems(self, config: RunConfig) -> dict[ProblemsConfig, str]:
+        """Return the hash of each set of problems of `config`, the run's own, when the run last started.
+
+        Raises:
+            UserError: the record is damaged.
+        """
+        recorded = self._recorded_inputs() or {}
+        sets = {f"stages.{number}.problems": stage.problems for number, stage in enumerate(config.stages)}
+        if config.evaluation is not None:
+            sets["evaluation.problems"] = config.evaluation.problems
+        return {problems: recorded[key] for key, problems in sets.items() if problems is not None and key in recorded}
 
     def _recorded_inputs(self) -> dict[str, str] | None:
         """Return the inputs that the run was started with; None where they were not recorded."""

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
 from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status, storage_sentence
 from exprl_megatron.plugins.failures import PluginError
@@ -24,6 +25,10 @@ from exprl_megatron.utils.accelerator import uses_cuda
 from exprl_megatron.utils.collector import collect, collect_between_steps
 from exprl_megatron.utils.files import write_atomically
 from exprl_megatron.utils.freed_memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from exprl_megatron.config.run import RunConfig
+    from exprl_megatron.runs.directory import RunDirectory
 
 _DAY_S = 24 * 3600.0
 _CLOSE_LOGS_S = 1.5
@@ -98,18 +103,19 @@ def work(directory: Path, registry: Registry, on_failure: Callable[[BaseExceptio
     """
     # The libraries create a million permanent objects; their repeated collection would take a sixth of the start.
     gc.disable()
-    from exprl_megatron.plugins.loading import use_plugin_path
-    from exprl_megatron.policy.world import enter_world, leave_world
     from exprl_megatron.runs.directory import RunDirectory, read_config
+
+    paths = RunDirectory(directory)
+    config = read_config(paths)
+    # First: a rank that lacks a module of the user ends before the others have done any work.
+    prepare_plugins(config, paths)
+    from exprl_megatron.policy.world import enter_world, leave_world
     from exprl_megatron.training.assemble import assemble
     from exprl_megatron.training.loop import run_stages
 
     if not uses_cuda():
         keep_freed_memory()
     collect_between_steps()
-    paths = RunDirectory(directory)
-    config = read_config(paths)
-    use_plugin_path(config.plugin_path)
     enter_world(config.policy.layout, config.seed, _longest_wait(config), key=read_key(registry.key_file))
     run = assemble(config, paths, registry, on_failure)
     logs.callback(run.close_logs, _CLOSE_LOGS_S)
@@ -119,6 +125,25 @@ def work(directory: Path, registry: Registry, on_failure: Callable[[BaseExceptio
     run_stages(run)
     run.close()
     leave_world()
+
+
+def prepare_plugins(config: "RunConfig", paths: "RunDirectory") -> None:
+    """Load the functions of the user that every rank calls, and expect the problems that the launcher read.
+
+    Raises:
+        PluginError: one cannot be loaded on this rank.
+    """
+    from exprl_megatron.config.losses import Surrogate
+    from exprl_megatron.config.stages import RlStage
+    from exprl_megatron.plugins.calling import Plugin
+    from exprl_megatron.plugins.loading import use_plugin_path
+    from exprl_megatron.problems.contents import expect_problems
+
+    use_plugin_path(config.plugin_path)
+    expect_problems(paths.recorded_problems(config))
+    for number, stage in enumerate(config.stages):
+        if isinstance(stage, RlStage) and stage.loss.surrogate not in get_args(Surrogate):
+            Plugin.load(f"stages.{number}.loss.surrogate", stage.loss.surrogate)
 
 
 def _longest_wait(config) -> float:

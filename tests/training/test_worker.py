@@ -1,14 +1,17 @@
 """How a rank ends, and what it leaves for the launcher to tell."""
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from exprl_megatron.config.load import check_config
+from exprl_megatron.runs.directory import RunDirectory, read_config
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.training.worker import _longest_wait
 
@@ -98,6 +101,42 @@ def test_a_disk_that_is_full_is_one_sentence(ended):
     assert "Traceback" not in errors
 
 
+def _run_directory(tmp_path, **changes):
+    """The directory of a run with one problem set, as its launcher leaves it."""
+    paths = RunDirectory(tmp_path / "run")
+    stage = {"kind": "sparse-rl", "name": "a", "steps": 1, "problems": {"source": "mine:load"}} | changes
+    tree = {"directory": str(paths.root), "policy": {"model": "m"}, "stages": [stage]}
+    paths.logs.mkdir(parents=True)
+    paths.config.write_text(yaml.safe_dump(check_config(tree, "test").model_dump(mode="json")))
+    return paths
+
+
+def test_a_rank_that_lacks_a_module_of_the_user_ends_with_its_sentence_and_waits_for_no_other_rank(tmp_path):
+    paths = _run_directory(tmp_path, loss={"surrogate": "only_on_rank_0:loss"})
+    command = [
+        sys.executable,
+        "-m",
+        "exprl_megatron.training.worker",
+        str(paths.root),
+        "--servers",
+        str(paths.registry),
+    ]
+    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    report = json.loads((paths.logs / "trainer-1.end").read_text())
+    assert ended.returncode == report["status"] == 2
+    assert report["message"].startswith("stages.0.loss.surrogate: The plugin only_on_rank_0:loss cannot be imported: ")
+    assert f"there is no module only_on_rank_0 in the working directory ({tmp_path})" in report["message"]
+
+
+def test_a_rank_expects_the_problems_that_the_launcher_read(tmp_path):
+    paths = _run_directory(tmp_path)
+    config = read_config(paths)
+    assert paths.recorded_problems(config) == {}
+    paths.inputs.write_text(json.dumps({"stages.0.problems": "0" * 32, "policy.model": "x"}))
+    assert paths.recorded_problems(config) == {config.stages[0].problems: "0" * 32}
+
+
 # With 8 x 4 traces, and 256 judgements of 300 s at a time: 2, 4, 2 and 128 rounds.
 @pytest.mark.parametrize(
     ("segments", "judging_s"),
@@ -153,7 +192,7 @@ def test_a_rank_leaves_what_it_starts_with_out_of_collections_before_it_learns(t
 
     run = SimpleNamespace(close=noting("close"), close_logs=noting("close logs"))
     policy = SimpleNamespace(layout=None)
-    config = SimpleNamespace(plugin_path=("own",), policy=policy, seed=0)
+    config = SimpleNamespace(plugin_path=("own",), policy=policy, seed=0, stages=(), evaluation=None)
     for module, name, event, result in (
         (worker, "keep_freed_memory", "keep memory", None),
         (worker, "collect_between_steps", "freeze", None),
@@ -172,6 +211,6 @@ def test_a_rank_leaves_what_it_starts_with_out_of_collections_before_it_learns(t
     monkeypatch.setattr(worker.gc, "disable", noting("no collections"))
     with ExitStack() as logs:
         worker.work(tmp_path, Registry(tmp_path / "servers"), lambda error: None, logs)
-    kept = ["no collections", "keep memory", "freeze", "search own", "enter", "assemble", "collect", "freeze", "learn"]
+    kept = ["no collections", "search own", "keep memory", "freeze", "enter", "assemble", "collect", "freeze", "learn"]
     assert [event for event in events if event in kept] == kept
     assert events[-3:] == ["close", "leave", "close logs"]
