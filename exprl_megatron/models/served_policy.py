@@ -18,12 +18,6 @@ def served_violations(config: RunConfig, architecture: Architecture) -> Iterator
         )
     if net is None:
         return
-    if architecture.experts is not None:
-        yield (
-            f"policy.model is {model}, a {architecture.family} model with gated delta nets and experts, whose weights "
-            f"a run cannot put into its servers yet; train it in sft stages without evaluation, or choose another."
-        )
-        return
     for heads, count in (("key", net.key_heads), ("value", net.value_heads)):
         if count % tp:
             yield (

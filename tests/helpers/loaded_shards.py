@@ -21,6 +21,7 @@ CASES = [
     ("qwen3.5", Layout(), 2),
     ("qwen3.5", Layout(tp=2, pp=2), 1),
     ("qwen3.5", Layout(tp=2, dp=2), 2),
+    ("qwen3.5-moe", EXPERTS, 2),
 ]
 """Family, the trainer's layout, ranks of a server."""
 

@@ -124,35 +124,25 @@ def test_norms_over_all_heads_are_not_served_by_more_ranks_than_there_are_kv_gro
 
 
 @pytest.mark.parametrize(
-    ("kind", "tp", "refused"),
+    ("family", "kind", "tp", "refused"),
     [
-        ("sparse-rl", 3, ["2 key heads", "4 value heads"]),
-        ("sparse-rl", 4, ["2 key heads"]),
-        ("sparse-rl", 2, []),
-        ("sft", 3, []),
+        ("qwen3.5", "sparse-rl", 3, ["2 key heads", "4 value heads"]),
+        ("qwen3.5", "sparse-rl", 4, ["2 key heads"]),
+        ("qwen3.5", "sparse-rl", 2, []),
+        ("qwen3.5", "sft", 3, []),
+        ("qwen3.5-moe", "sparse-rl", 4, ["2 key heads"]),
+        ("qwen3.5-moe", "sparse-rl", 2, []),
     ],
 )
-def test_a_server_s_ranks_divide_the_heads_of_gated_delta_nets(tmp_path, tiny_model, kind, tp, refused):
-    config = run(tmp_path, tiny_model("qwen3.5"), kind)
+def test_a_server_s_ranks_divide_the_heads_of_gated_delta_nets(tmp_path, tiny_model, family, kind, tp, refused):
+    config = run(tmp_path, tiny_model(family), kind)
     found = model_violations(config.model_copy(update={"server": config.server.model_copy(update={"tp": tp})}))
     assert len(found) == len(refused)
     for sentence, heads in zip(found, refused, strict=True):
         assert sentence.startswith(f"server.tp is {tp}, which does not divide the {heads} of the gated delta nets of ")
 
 
-@pytest.mark.parametrize(
-    ("kind", "family", "refused"),
-    [("sparse-rl", "qwen3.5-moe", True), ("sft", "qwen3.5-moe", False), ("sparse-rl", "qwen3.5", False)],
-)
-def test_a_mixture_that_servers_cannot_receive_is_trained_without_servers_alone(
-    tmp_path, tiny_model, kind, family, refused
-):
-    found = model_violations(run(tmp_path, tiny_model(family), kind))
-    assert len(found) == refused
-    assert all("gated delta nets and experts" in sentence and "train it in sft" in sentence for sentence in found)
-
-
-@pytest.mark.parametrize(("family", "refused"), [("qwen3.5", True), ("qwen3", False)])
+@pytest.mark.parametrize(("family", "refused"), [("qwen3.5", True), ("qwen3.5-moe", True), ("qwen3", False)])
 def test_gated_delta_nets_are_not_served_in_fp8(tmp_path, tiny_model, family, refused):
     config = run(tmp_path, tiny_model(family), "sparse-rl")
     found = model_violations(config.model_copy(update={"sync": config.sync.model_copy(update={"fp8": True})}))

@@ -219,5 +219,33 @@ def test_queries_keys_and_values_of_a_gated_delta_net_are_each_cut_by_heads():
     assert second == {f"{served}.{name}": sha(*(t.numpy() for t in parts)) for name, parts in expected.items()}
 
 
+def test_a_mixture_s_shared_expert_is_a_parameter_of_its_own_and_its_gate_whole_on_every_rank():
+    """Routed experts are joined in order; the second of two ranks has the second half of each matrix's width."""
+    mlp, numbers = "model.language_model.layers.0.mlp", torch.Generator().manual_seed(0)
+    shapes = {f"experts.{e}": (64, 3) for e in (1, 0)} | {"shared_expert": (128, 3)}
+    weights = {
+        f"{mlp}.{name}.{part}_proj.weight": torch.randn(shape[::-1] if part == "down" else shape, generator=numbers)
+        for name, shape in shapes.items()
+        for part in ("down", "up", "gate")
+    }
+    router, gate = torch.randn(2, 3, generator=numbers), torch.randn(1, 3, generator=numbers)
+    weights |= {f"{mlp}.gate.weight": router, f"{mlp}.shared_expert_gate.weight": gate}
+
+    def half(name, part):
+        whole = weights[f"{mlp}.{name}.{part}_proj.weight"]
+        return whole.chunk(2, dim=1 if part == "down" else 0)[1].contiguous().numpy()
+
+    second = rank_checksums(weights.items(), tp=2, kv_heads=2, tied=False, experts=2, delta_net=NET)[1]
+    experts, served = ("experts.0", "experts.1"), "model.layers.0.mlp"
+    assert second == {
+        f"{served}.experts.w13_weight": sha(*(half(name, part) for name in experts for part in ("gate", "up"))),
+        f"{served}.experts.w2_weight": sha(*(half(name, "down") for name in experts)),
+        f"{served}.shared_expert.gate_up_proj.weight": sha(half("shared_expert", "gate"), half("shared_expert", "up")),
+        f"{served}.shared_expert.down_proj.weight": sha(half("shared_expert", "down")),
+        f"{served}.gate.weight": sha(router.numpy()),
+        f"{served}.shared_expert_gate.weight": sha(gate.numpy()),
+    }
+
+
 def test_a_buffer_that_follows_from_the_config_is_no_weight():
     assert is_weight("model.norm.gemma_weight") and not is_weight("model.layers.3.rotary_emb.axis_map")

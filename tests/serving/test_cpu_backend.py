@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from exprl_megatron.config.resuming import FREE_ARGUMENTS
+from exprl_megatron.models import qwen3_5
 from exprl_megatron.serving.server_command import CPU_BACKEND, server_environment
 
 ROOT = Path(__file__).parents[2]
@@ -115,17 +116,28 @@ exprl_sglang_on_cpu.activate()
 from torch.distributed.distributed_c10d import Backend
 from exprl_megatron.utils import gloo_device
 shared = Backend._plugins["GLOO"].creator_fn is gloo_device._group
-import argparse, json
+import argparse, json, torch
 from sglang.srt.server_args import ServerArgs
 parser = argparse.ArgumentParser()
 ServerArgs.add_cli_args(parser)
-print(json.dumps([shared, [name for action in parser._actions for name in action.option_strings]]))
+arguments = [name for action in parser._actions for name in action.option_strings]
+import exprl_sglang_models.qwen3_5
+from sglang.srt.models.qwen2_moe import fused_gate_sigmoid_mul_add
+from sglang.srt.plugins.hook_registry import HookRegistry
+HookRegistry.apply_hooks()
+output = torch.tensor([[1.0, 2.0]])
+fused_gate_sigmoid_mul_add(torch.tensor([[3.0, -1.0]]), torch.tensor([1.0, 3.0]), torch.tensor([[4.0, 6.0]]), output)
+classes = [kind.__name__ for kind in exprl_sglang_models.qwen3_5.EntryClass]
+print(json.dumps([shared, arguments, classes, output.tolist()]))
 """
 
 
 @pytest.fixture(scope="module")
 def activated():
-    """Of a server's process on a CPU: whether its groups share a gloo device, and SGLang's arguments."""
+    """Of a server's process on a CPU: whether its groups share a gloo device, SGLang's arguments, classes of Qwen3.5.
+
+    At last what its kernel for a shared expert, with the logit 0 of its gate, makes of routed [1, 2] and shared [4, 6].
+    """
     environment = server_environment(os.environ, cuda=False)
     done = subprocess.run(
         [sys.executable, "-c", ACTIVATED], env=environment, capture_output=True, text=True, check=False
@@ -140,3 +152,12 @@ def test_the_groups_of_a_server_on_a_cpu_share_a_gloo_device(activated):
 
 def test_the_arguments_that_may_change_are_sglangs(activated):
     assert set(FREE_ARGUMENTS) <= set(activated[1])
+
+
+def test_a_server_has_a_class_for_every_architecture_of_qwen3_5(activated):
+    assert sorted(activated[2]) == sorted(qwen3_5.NAMES)
+
+
+def test_sglang_s_kernel_for_a_shared_expert_is_replaced_where_the_model_calls_it(activated):
+    """The gate is the sigmoid of 0."""
+    assert activated[3] == [[1.0 + 4.0 / 2, 2.0 + 6.0 / 2]]

@@ -186,11 +186,12 @@ def test_a_shared_expert_stays_apart_on_cuda(tmp_path, name, apart):
     assert flag not in server_command(tmp_path, ServerConfig(), cuda=False, **settings)
 
 
+@pytest.mark.parametrize("family", ["qwen3.5", "qwen3.5-moe"])
 @pytest.mark.parametrize("published", [True, False])
 @pytest.mark.parametrize("cuda", [True, False])
-def test_a_server_of_qwen3_5_reads_the_settings_that_sglang_looks_for_elsewhere(tmp_path, cuda, published):
+def test_a_server_of_qwen3_5_reads_the_settings_that_sglang_looks_for_elsewhere(tmp_path, cuda, published, family):
     """transformers 5 does not write `full_attention_interval`; SGLang takes the rotary share from the top level."""
-    write_tiny_model(tmp_path, "qwen3.5", layers=4, full_attention_interval=4, published_form=published)
+    write_tiny_model(tmp_path, family, layers=4, full_attention_interval=4, published_form=published)
     tree = json.loads((tmp_path / "config.json").read_text())
     tree["rope_parameters"]["partial_rotary_factor"] = tree["partial_rotary_factor"] = 0.5
     (tmp_path / "config.json").write_text(json.dumps(tree))
@@ -206,8 +207,9 @@ def test_a_server_of_qwen3_5_reads_the_settings_that_sglang_looks_for_elsewhere(
     assert "language_model_only" not in read
 
 
-def test_a_server_of_a_vision_model_has_its_language_model_alone(tiny_model, tmp_path):
-    model = write_tiny_vision_model(tmp_path / "vision", tiny_model("qwen3.5"))
+@pytest.mark.parametrize("family", ["qwen3.5", "qwen3.5-moe"])
+def test_a_server_of_a_vision_model_has_its_language_model_alone(tiny_model, tmp_path, family):
+    model = write_tiny_vision_model(tmp_path / "vision", tiny_model(family))
     settings = {"dtype": "bfloat16", "port": 1, "seed": 0, "weight_version": "v0", "cuda": True}
     command = server_command(model, ServerConfig(), **settings)
     read = json.loads(command[command.index("--json-model-override-args") + 1])

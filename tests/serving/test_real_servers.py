@@ -1,4 +1,4 @@
-"""Models of nine families served side by side: log-probs, stretched positions, checksums, weight updates, failures."""
+"""Models of ten families served side by side: log-probs, stretched positions, checksums, weight updates, failures."""
 
 import asyncio
 import os
@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from helpers.forking import starter
-from helpers.tiny_models import write_tiny_model, write_tiny_vision_model
+from helpers.tiny_models import QWEN3_5, write_tiny_model, write_tiny_vision_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -46,6 +46,7 @@ MODELS = {
     # Windows and an original length that prompts are far past.
     "olmo3": {"vocab_size": 131, "tied": False},
     "qwen3.5": {"vocab_size": 131, "tied": False},
+    "qwen3.5-moe": {"vocab_size": 131, "tied": False},
 }
 EXPERTS = 4
 PROMPT = list(range(3, 100))
@@ -55,8 +56,9 @@ PROMPT = list(range(3, 100))
 def servers(tiny_model, tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
     models = {name: tiny_model(name, **settings) for name, settings in MODELS.items()}
-    # As it is published; what is compared with it is its language model alone.
-    models["qwen3.5"] = write_tiny_vision_model(tmp_path_factory.mktemp("vision"), models["qwen3.5"])
+    # As they are published; what is compared with them is their language models alone.
+    for name in QWEN3_5:
+        models[name] = write_tiny_vision_model(tmp_path_factory.mktemp("vision"), models[name])
     specs = [ServerSpec(f"{name}-0", model, _config(name), logs) for name, model in models.items()]
     started = start_servers(specs, starter())
     yield dict(zip(MODELS, started, strict=True))
@@ -65,11 +67,11 @@ def servers(tiny_model, tmp_path_factory):
 
 def _config(name):
     extra_args: tuple[str, ...] = ()
-    if name in ("qwen3-moe", "glm4-moe"):
-        extra_args = ("--enable-return-routed-experts",)
-    elif name == "qwen3.5":
+    if name.endswith("-moe"):
+        extra_args += ("--enable-return-routed-experts",)
+    if name in QWEN3_5:
         # Prompts are computed in pieces, each of which begins with the states that the one before it left.
-        extra_args = ("--chunked-prefill-size", "64")
+        extra_args += ("--chunked-prefill-size", "64")
     return ServerConfig(request_deadline_s=60, extra_args=extra_args)
 
 
@@ -119,9 +121,14 @@ def returned(generation, dense_layers=0) -> list:
 ROUTING = Routing(layers=2, top_k=2, experts=EXPERTS)
 
 
-@pytest.mark.parametrize(("name", "dense_layers"), [("qwen3-moe", 0), ("glm4-moe", 1)])
-def test_the_experts_returned_are_those_that_transformers_chooses(servers, tiny_model, name, dense_layers):
-    """For one request, for several by one, and where the cache had the prompt from a request that wanted none."""
+@pytest.mark.parametrize(
+    ("name", "dense_layers", "cached"), [("qwen3-moe", 0, 96), ("glm4-moe", 1, 96), ("qwen3.5-moe", 0, 64)]
+)
+def test_the_experts_returned_are_those_that_transformers_chooses(servers, tiny_model, name, dense_layers, cached):
+    """For one request, for several by one, and where the cache had the prompt from a request that wanted none.
+
+    `cached`: so much of it; of gated delta nets up to the end of a piece, where their states were kept.
+    """
     routing = replace(ROUTING, dense_layers=dense_layers)
 
     async def ask(client):
@@ -133,7 +140,7 @@ def test_the_experts_returned_are_those_that_transformers_chooses(servers, tiny_
         return zip([PROMPT, *prompts, PROMPT], [one, *several, plain], strict=True)
 
     *routed, (_, plain) = on(servers[name], ask)
-    assert plain.routed_experts is None and routed[0][1].cached_tokens > 90
+    assert plain.routed_experts is None and routed[0][1].cached_tokens == cached
     for prompt, generation in routed:
         expected = chosen_by_transformers(tiny_model(name, **MODELS[name]), prompt, generation)
         assert returned(generation, dense_layers) == expected
@@ -365,7 +372,7 @@ def test_checksums_are_computed_from_hugging_face_tensors(servers, tiny_model, n
     settings = {"tied": MODELS[name]["tied"], "experts": EXPERTS, "delta_net": delta_net}
     assert differing(held, checksums(weights.items(), **settings)) == []
     weights["model.layers.1.self_attn.v_proj.weight"][-1, -1] += 1e-3
-    attention = "model.layers.1" if name == "qwen3.5" else "model.layers.1.self_attn"
+    attention = "model.layers.1" if name in QWEN3_5 else "model.layers.1.self_attn"
     assert differing(held, checksums(weights.items(), **settings)) == [f"{attention}.qkv_proj.weight"]
 
 

@@ -78,7 +78,16 @@ def expected_of(tiny_model, family, layout, tp):
 @pytest.mark.parametrize("server", ["cpu", "cuda"])
 @pytest.mark.parametrize(
     ("family", "tp"),
-    [("qwen3", 1), ("qwen3", 4), ("qwen2", 2), ("qwen3-moe", 2), ("mixtral", 2), ("qwen3.5", 1), ("qwen3.5", 2)],
+    [
+        ("qwen3", 1),
+        ("qwen3", 4),
+        ("qwen2", 2),
+        ("qwen3-moe", 2),
+        ("mixtral", 2),
+        ("qwen3.5", 1),
+        ("qwen3.5", 2),
+        ("qwen3.5-moe", 2),
+    ],
 )
 def test_a_rank_s_parameters_are_those_whose_checksums_sglang_reports(tiny_model, family, tp, server):
     architecture = architecture_of(tiny_model, family)
@@ -117,7 +126,12 @@ def test_shards_of_every_layout_and_a_server_s_model_have_the_same_checksums(tin
 
 @pytest.mark.parametrize(
     ("family", "layout", "tp"),
-    [("qwen3", Layout(tp=2), 1), ("qwen2", Layout(tp=2, pp=2), 2), ("qwen3.5", Layout(tp=2), 2)],
+    [
+        ("qwen3", Layout(tp=2), 1),
+        ("qwen2", Layout(tp=2, pp=2), 2),
+        ("qwen3.5", Layout(tp=2), 2),
+        ("qwen3.5-moe", Layout(tp=2), 2),
+    ],
 )
 def test_one_bit_anywhere_is_found_and_its_tensor_named(tiny_model, family, layout, tp):
     expected, told, models = expected_of(tiny_model, family, layout, tp)

@@ -2,7 +2,8 @@
 
 GLM-4.5 in bf16, whose router's weight and bias servers keep in fp32; Olmo 3, whose norms of queries and keys servers
 have whole on every rank; Qwen3.5 in bf16, of whose tensors some are cut in sections, one is in fp32, and norms have a
-second copy; Seed-OSS, which servers have the project's own class for, with biases; Mistral.
+second copy; its mixture as it is published, with a layer's experts in one tensor, and a gate of the shared expert;
+Seed-OSS, which servers have the project's own class for, with biases; Mistral.
 """
 
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.forking import starter
+from helpers.tiny_models import write_tiny_vision_model
 from transformers import AutoModelForCausalLM
 
 from exprl_megatron.config.policy import Layout, PolicyConfig
@@ -31,11 +33,22 @@ pytestmark = pytest.mark.slow
 TP = 2
 PROMPT = [3 + 7 * index % 120 for index in range(150)]
 SETTINGS = {"vocab_size": 131}
-LAYERS = {"glm4-moe": 3, "olmo3": 4, "qwen3.5": 4, "seed-oss": 2, "mistral": 2}
+LAYERS = {"glm4-moe": 3, "olmo3": 4, "qwen3.5": 4, "qwen3.5-moe": 2, "seed-oss": 2, "mistral": 2}
 DTYPES = dict.fromkeys(LAYERS, "float32") | {"glm4-moe": "bfloat16", "qwen3.5": "bfloat16"}
 DELTA_NET = DeltaNet(key_heads=2, value_heads=4, key_dim=16, value_dim=24, kernel=4)
-CHECKED = {"glm4-moe": {"experts": 4, "sigmoid_router": True}, "qwen3.5": {"delta_net": DELTA_NET}}
+CHECKED = {
+    "glm4-moe": {"experts": 4, "sigmoid_router": True},
+    "qwen3.5": {"delta_net": DELTA_NET},
+    "qwen3.5-moe": {"experts": 4, "delta_net": DELTA_NET},
+}
 """What the checksums of a server have to know of its model."""
+
+
+def model_of(family, seed, tiny_model, tmp_path_factory):
+    model = tiny_model(family, seed=seed, layers=LAYERS[family], **SETTINGS)
+    if family != "qwen3.5-moe":
+        return model
+    return write_tiny_vision_model(tmp_path_factory.mktemp("vision"), model)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +56,8 @@ def servers(tiny_model, tmp_path_factory):
     config = ServerConfig(tp=TP, max_total_tokens=4096, request_deadline_s=120)
     logs = tmp_path_factory.mktemp("logs")
     specs = [
-        ServerSpec(family, tiny_model(family, layers=layers, **SETTINGS), config, logs, dtype=DTYPES[family])
-        for family, layers in LAYERS.items()
+        ServerSpec(family, model_of(family, 0, tiny_model, tmp_path_factory), config, logs, dtype=DTYPES[family])
+        for family in LAYERS
     ]
     started = start_servers(specs, starter())
     yield dict(zip(LAYERS, started, strict=True))
@@ -52,9 +65,9 @@ def servers(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(params=LAYERS)
-def policy(request, tiny_model):
+def policy(request, tiny_model, tmp_path_factory):
     enter_world(Layout())
-    model = tiny_model(request.param, seed=7, layers=LAYERS[request.param], **SETTINGS)
+    model = model_of(request.param, 7, tiny_model, tmp_path_factory)
     precision = {"bfloat16": "bf16", "float32": "fp32"}[DTYPES[request.param]]
     yield Policy(PolicyConfig(model=str(model), precision=precision), seed=0)
     leave_world()

@@ -12,6 +12,7 @@ def activate() -> None:
     import exprl_cpu_attention
     import exprl_cpu_delta_net
     import exprl_cpu_linear
+    import exprl_cpu_shared_expert
     from sglang.srt.arg_groups import choices
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -42,6 +43,11 @@ def activate() -> None:
     HookRegistry.register(
         "sglang.kernels.ops.attention.fla.layernorm_gated.layernorm_fn",
         exprl_cpu_delta_net.norm_of_output,
+        HookType.REPLACE,
+    )
+    HookRegistry.register(
+        "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add",
+        exprl_cpu_shared_expert.add_gated,
         HookType.REPLACE,
     )
     HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _fork, HookType.AFTER)

@@ -1,6 +1,5 @@
-"""SGLang's own qwen3_5: language models alone, and those of vision models."""
+"""SGLang's own qwen3_5: language models alone, and those of vision models, dense and mixtures of experts."""
 
-from sglang.srt.models.qwen3_5 import Qwen3_5ForConditionalGeneration
-from sglang.srt.models.qwen3_5_text import Qwen3_5ForCausalLM
+from sglang.srt.models import qwen3_5, qwen3_5_text
 
-EntryClass = [Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration]
+EntryClass = [*qwen3_5_text.EntryClass, *qwen3_5.EntryClass]
