@@ -90,7 +90,7 @@ def storage_sentence(error: BaseException, where: object = "a file") -> str | No
     if not isinstance(error, OSError) or error.errno not in _STORAGE:
         return None
     if error.filename is None and error.errno in (errno.EACCES, errno.EPERM):
-        # Of a process, a port or a socket.
+        # The error is of a process, a port or a socket.
         return None
     return f"Cannot use {error.filename or where} ({error.strerror}); {_STORAGE[error.errno]}, then start again."
 

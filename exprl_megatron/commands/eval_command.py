@@ -194,7 +194,7 @@ def _max_new_tokens(model: Path) -> int:
 
     longest = 16384 if uses_cuda() else 512
     if not (model / "config.json").is_file():
-        # Refused later, in its own sentence.
+        # The model is refused later, in its own sentence.
         return longest
     return min(longest, read_architecture(model).max_positions // 2)
 

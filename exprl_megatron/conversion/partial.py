@@ -45,7 +45,7 @@ class Partial:
 
     def __exit__(self, kind, error, traceback) -> None:
         self._claim.release()
-        # Torch's writer of tensors raises a RuntimeError in place of what went wrong.
+        # Torch's writer of tensors raises a RuntimeError that hides the cause.
         reason = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(reason, OSError):
             raise UserError(

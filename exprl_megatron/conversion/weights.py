@@ -69,7 +69,7 @@ class HuggingFaceWeights:
         return tuple(self._read(name) for name in stored.parameter.hf_names)
 
     def dtype(self, stored: StoredParameter) -> torch.dtype:
-        """See Weights.
+        """Return what Weights defines.
 
         Raises:
             UserError: the tensors differ.
@@ -84,7 +84,7 @@ class HuggingFaceWeights:
         return DTYPES[found.pop()]
 
     def marks(self) -> list[list]:
-        """See Weights."""
+        """Return what Weights defines."""
         return file_marks(self._paths)
 
     def _read(self, name: str) -> torch.Tensor:
@@ -118,11 +118,11 @@ class MegatronWeights:
         return stored.parameter.rule.join([self.files.read(stored)])
 
     def dtype(self, stored: StoredParameter) -> torch.dtype:
-        """See Weights."""
+        """Return what Weights defines."""
         return self.files.dtype(stored)
 
     def marks(self) -> list[list]:
-        """See Weights."""
+        """Return what Weights defines."""
         beside = set(left_out_tensors(self.origin, self.architecture).values())
         return file_marks([*beside, *(path for path in self.files.directory.iterdir() if path.is_file())])
 

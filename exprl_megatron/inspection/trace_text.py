@@ -58,7 +58,7 @@ class PolicyTokenizer:
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase | None":
-        """None where it is not there any more."""
+        """The tokenizer; None where it no longer exists."""
         try:
             return load_tokenizer(self._model)
         except (OSError, ValueError, KeyError):

@@ -29,7 +29,7 @@ class WordTokens:
     def __init__(self, encode: Callable[[Sequence[str]], list[list[int]]], separator: tuple[str, int] | None = None):
         self._encode = encode
         self._separator = separator
-        # The ids of ` word` in JSON, without brackets.
+        # It has the ids of ` word` in JSON, without brackets.
         self._known: dict[str, bytes] = {}
 
     def parts(self, texts: Sequence[str]) -> list[TokenPart]:

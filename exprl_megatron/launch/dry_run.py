@@ -40,7 +40,7 @@ def planned_processes(config: RunConfig) -> list[PlannedProcess]:
             planned.append(PlannedProcess(JUDGE_ROUTER, "sglang-router in front of the judge's servers", "a free port"))
     layout = config.policy.layout
     for rank in range(layout.world_size):
-        # Megatron's order of ranks, from the innermost dimension outwards.
+        # Megatron numbers ranks in this order, from the innermost dimension outwards.
         coordinates, rest = [], rank
         for name, size in (("tp", layout.tp), ("cp", layout.cp), ("dp", layout.dp), ("pp", layout.pp)):
             coordinates.append(f"{name} {rest % size}")

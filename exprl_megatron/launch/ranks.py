@@ -199,6 +199,6 @@ def _rendezvous(node: Node) -> dict[str, str]:
 
 def rank_environment(inherited: Mapping[str, str], server: ServerConfig) -> dict[str, str]:
     """Return the environment of a rank that sends weights to such servers, without its rank number."""
-    # Several ranks share the cores: one thread each, unless the user sets another number.
+    # Several ranks share the cores, so each has one thread unless the user sets another number.
     found = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(inherited)
     return found | rank_variables(inherited, server.extra_args, server.tp) | environment(uses_cuda())

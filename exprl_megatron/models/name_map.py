@@ -70,7 +70,7 @@ class Parameter:
 
     @property
     def is_buffer(self) -> bool:
-        """See is_buffer."""
+        """Whether it is a buffer that belongs to the model's weights."""
         return is_buffer(self.name)
 
     @property

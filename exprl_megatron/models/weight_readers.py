@@ -157,7 +157,7 @@ class RandomWeights:
         elif name.endswith((".bias", ROUTER_BIAS)):
             whole = torch.zeros(shape)
         else:
-            # torch's CPU generator looks at 32 bits of a seed only.
+            # torch's CPU generator uses only 32 bits of a seed.
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
             whole = torch.empty(shape).normal_(0.0, self._std, generator=generator)
         return whole[start:stop] if dim == 0 else whole[:, start:stop]

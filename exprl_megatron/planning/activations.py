@@ -23,7 +23,7 @@ def layer_bytes_per_token(architecture: Architecture, layout: Layout, precision:
     sp = layout.tp if layout.sequence_parallel else 1
     hidden, queries = architecture.hidden, architecture.heads * architecture.head_dim
     keys = architecture.kv_groups * architecture.head_dim
-    # Both norms: inputs, and outputs as the next product's input.
+    # Both norms keep their inputs, and their outputs as the next product's input.
     kept = (2 * wide + 2 * entry) * hidden / sp
     # Queries, keys, values and output of attention, the last of which the projection quantizes once more.
     attention: float = wide * (2 * queries + 2 * keys) + (queries if precision.fp8 else 0) + 4 * architecture.heads
@@ -75,16 +75,16 @@ def activation_bytes(
     sp = layout.tp if layout.sequence_parallel else 1
     kinds = architecture.kinds(chain(*stage_layers(architecture, layout)[pp_rank]))
     each = {kind: layer_bytes_per_token(kind, layout, policy.precision) for kind in kinds}
-    # Of the layers of one chunk.
+    # A chunk has 1 / vpp of the rank's layers.
     flying = chunks_in_flight(layout, pp_rank, micro_batches) / layout.vpp
     if policy.recompute == "full":
-        # Each layer's input, and whole the one layer whose backward pass runs.
+        # The rank keeps each layer's input, and all of the one layer whose backward pass runs.
         kept = flying * sum(kinds.values()) * wide * architecture.hidden / sp + max(each.values())
     else:
         statistics = 4 * architecture.heads / layout.tp if policy.recompute == "selective" else 0
         kept = flying * sum(count * (each[kind] - statistics) for kind, count in kinds.items())
     if pp_rank == layout.pp - 1:
-        # The final norm's input and output.
+        # The final norm keeps its input and output.
         kept += 2 * wide * architecture.hidden / sp
     return tokens * kept
 

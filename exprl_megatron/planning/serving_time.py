@@ -36,7 +36,7 @@ class ServerHardware:
 
     @property
     def kind(self) -> str:
-        """In which kind the server multiplies."""
+        """The precision kind in which the server multiplies."""
         return "fp8-tensorwise" if self.weight_bytes < 2 else "bf16"
 
 
@@ -99,7 +99,7 @@ class ServingTime:
 
     @property
     def total_s(self) -> float:
-        """Both together."""
+        """Seconds of both together."""
         return self.prefill_s + self.decode_s
 
 

@@ -225,7 +225,7 @@ def _adapt(module: types.ModuleType) -> None:
     elif name == "optimizer.clip_grads":
         module.clip_grad_by_total_norm_fp32 = _named_as_cuda(module.clip_grad_by_total_norm_fp32)
     elif name == "tensor_parallel.random":
-        # These two go past torch.cuda to the CUDA generators themselves.
+        # These two use the CUDA generators directly, not through torch.cuda.
         module._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: torch.get_rng_state()
         module._set_cuda_rng_state = lambda state, device=None, graph_safe=False: torch.set_rng_state(state)
     elif name == "tensor_parallel.mappings":

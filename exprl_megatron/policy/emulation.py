@@ -73,7 +73,7 @@ def emulate_fp8(chunk: GPTModel, precision: PrecisionConfig) -> None:
             continue
         for module in layer.modules():
             if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-                # Megatron's own seam between a layer's communication and its product.
+                # Megatron calls this function between a layer's communication and its product.
                 module._forward_impl = partial(_forward, rounding=_rounding(precision.kind))
 
 

@@ -34,7 +34,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        # Each tensor-parallel rank then sees a part of the tokens: Megatron sums such gradients.
+        # Each tensor-parallel rank then has a part of the tokens, so Megatron must sum these gradients.
         self.weight.sequence_parallel = config.sequence_parallel
         self._zero_centered = config.layernorm_zero_centered_gamma
 

@@ -29,7 +29,7 @@ def wrap(chunks: Sequence[GPTModel], config: OptimizerConfig) -> list[Distribute
         **ddp_settings(chunks[0].config),
     )
     wrapped = [
-        # Only the first chunk's reductions lie on the way of the next step.
+        # Only the first chunk's reductions delay the next step.
         DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]

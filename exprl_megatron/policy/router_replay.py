@@ -58,7 +58,7 @@ class Replay:
             router.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
 
     def end(self) -> None:
-        """Let the routers choose for themselves again."""
+        """Stop the replay: the routers choose experts again."""
         for routers in self._routers.values():
             for _, router in routers:
                 router.clear_indices()

@@ -135,7 +135,7 @@ def _run(
             sequence_parallel=config.layout.sequence_parallel,
         )
 
-    # Of what `recompute` knows, only `full` runs routers again.
+    # Only `recompute: full` runs routers again.
     replays = isinstance(work, MicroBatches) and work.replays
     replay = Replay(model, not forward_only and config.recompute == "full") if replays else None
 

@@ -157,7 +157,7 @@ def _start_process_group(timeout_s: float, key: str | None) -> None:
     if "RANK" not in os.environ:
         dist.init_process_group(group_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    # A later world of the same processes meets in the same store, under another name.
+    # A later world of the same processes uses the same store under another name.
     _worlds += 1
     store = keyed_names(_meeting_store(timeout_s), key, f"world {_worlds}")
     rank, size = int(_variable("RANK")), int(_variable("WORLD_SIZE"))

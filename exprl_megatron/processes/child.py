@@ -78,7 +78,7 @@ class ForkedChild:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when `parent` ends; end it immediately if `parent` has ended."""
+    """Make the kernel kill this process when `parent` ends; end it immediately if `parent` has ended."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -6,7 +6,7 @@ import sys
 import threading
 from typing import Any, NoReturn
 
-# Long enough for the code that cannot pass an exception on to return, short enough that nobody notices.
+# This is long enough for code that cannot propagate an exception to return, and too short to notice.
 _RESEND_AFTER_S = 0.05
 _raised: dict[int, BaseException] = {}
 _NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}

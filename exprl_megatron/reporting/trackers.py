@@ -106,7 +106,7 @@ class Trackers:
             thread.put(lambda tracker: _log_missing_table(tracker, step, table))
 
     def close(self, deadline_s: float = _CLOSE_S) -> None:
-        """Let every tracker finish; one that has not within `deadline_s` is reported and left behind."""
+        """Wait for every tracker; one that does not finish within `deadline_s` is reported and abandoned."""
         for thread in self._threads:
             thread.put_end()
         for thread in self._threads:

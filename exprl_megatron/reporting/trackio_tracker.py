@@ -46,7 +46,7 @@ class TrackioTracker:
 
     def log_table(self, step: int, table: SampleTable) -> None:
         """Log a table of traces at `step`."""
-        # Slow to import, and only for tables.
+        # This import is slow, and only tables need it.
         import pandas
 
         frame = pandas.DataFrame(list(table.rows), columns=list(table.columns))

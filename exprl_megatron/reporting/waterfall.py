@@ -111,7 +111,7 @@ def draw_timeline(spans: Sequence[Span], title: str, path: Path) -> None:
     Dark grading is what the trainer waited for, as in the table; pale grading continued beside sampling.
     """
     first = min(span.start for span in spans)
-    # Seldom wanted, and slow to import.
+    # This import is slow, and few commands need it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

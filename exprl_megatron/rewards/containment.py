@@ -89,7 +89,7 @@ def drop_machine_access() -> list[str]:
 
 
 def contain_program(parent: int, limits: Limits) -> None:
-    """Do the first part of containment in a program's process: limits, no capabilities, and its end with its parent.
+    """Apply the first part of containment in a program's process: limits, no capabilities, an end with its parent.
 
     Raises:
         OSError: the kernel refuses a part of it.

@@ -48,7 +48,7 @@ class RunDirectory:
         self.stop_request = self.root / "stop"
 
     def claim(self, config: RunConfig, resume: bool, contents: Mapping[str, str] | None = None) -> "Claim":
-        """Take the directory for this process and write the resolved config into it: what follows reads that one.
+        """Claim the directory for this process and write the resolved config into it; later code reads that file.
 
         `contents` is what `hash_inputs` returns of the config. A run that ended before it had anything to keep does not
         count.

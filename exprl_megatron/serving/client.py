@@ -259,7 +259,7 @@ class SGLangClient(HttpClient):
         loader: str | None = None,
         deadline_s: float | None = None,
     ) -> None:
-        """Take one bucket from memory that this machine shares.
+        """Load one bucket from memory that this machine shares.
 
         `payloads`, one for each tensor-parallel rank, are base64 of what `multiprocessing`'s pickler makes of a list of
         (Hugging Face name, tensor). Give `version` and `flush_cache=True` with the last bucket. `loader`: the function,

@@ -314,7 +314,7 @@ def _entries(block: memoryview | None, field: str) -> _Entries:
         return _Entries(memoryview(b""), np.empty(0, np.int64), field)
     characters = np.frombuffer(block, np.uint8)
     commas = np.flatnonzero(characters == _COMMA)
-    # Three commas an entry, but for one behind the last; one entry opens behind every third.
+    # Each entry has three commas, but the last has two; an entry opens after every third comma.
     shaped = len(commas) % 3 == 2 and block[:2] == b"[[" and block[-7:] == b",null]]"
     if not shaped or not (characters[commas[2::3] + 1] == _OPEN).all():
         raise ValueError(f"{field} is not a list of [log-prob, id, null]")

@@ -36,7 +36,7 @@ class PoolMemory:
         return not self._released
 
     def allow_starts(self) -> bool:
-        """Let servers start; returns whether they were not allowed to before."""
+        """Allow servers to start; returns whether they were not allowed to before."""
         held = self._registry.starts_held(self._kind)
         self._registry.allow_starts(self._kind)
         return held

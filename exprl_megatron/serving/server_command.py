@@ -88,7 +88,7 @@ def _arguments_of(model: Path, cuda: bool) -> list[str]:
     tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     names = tree.get("architectures")
     if names == ["Glm4MoeForCausalLM"] and cuda:
-        # There alone SGLang stores the shared expert as one more of the experts that a router chooses from.
+        # Only there does SGLang store the shared expert as one more of the experts that a router chooses from.
         return ["--disable-shared-experts-fusion"]
     if not names or names[0] not in qwen3_5.NAMES:
         return []
@@ -144,7 +144,7 @@ def server_environment(
         environment.update(
             SGLANG_USE_CPU_ENGINE="1",
             SGLANG_EXTERNAL_MODEL_PACKAGE="exprl_sglang_models",
-            # More threads than free cores spin on each other: 60 times slower on a busy machine.
+            # More threads than free cores wait for each other in spin loops: 60 times slower on a busy machine.
             OMP_NUM_THREADS=str(cpu_threads),
             # Seeded sampling is decorated with torch.compile.
             TORCHDYNAMO_DISABLE="1",

@@ -174,7 +174,7 @@ def _of_rank(joined: _Joined, rank: int, tp: int, kv_heads: int, server: Device)
     ends = np.cumsum(height)
     firsts = np.flatnonzero(np.diff(joined.numbers, prepend=-1))
     lasts = np.append(firsts[1:], len(height)) - 1
-    # Where each tensor's rows begin within its parameter.
+    # Each tensor's rows begin here within its parameter.
     row = ends - height - (ends - height)[firsts][joined.numbers]
     shapes = {}
     for (name, part), last in zip(joined.parameters.items(), lasts.tolist(), strict=True):

@@ -73,7 +73,7 @@ def text_check_of(tokenizer: "PreTrainedTokenizerBase") -> TextCheck | None:
 def _tokens_of(tokenizer: "PreTrainedTokenizerBase") -> Sequence[bytes] | None:
     if (spelling := spelling_of(tokenizer)) is not None:
         return spelling.tokens
-    # Words, or the tokens of SentencePiece.
+    # The tokens are words, or those of SentencePiece.
     special = special_ids(tokenizer)
     names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     tokens = [b"" if i in special or not name else name.replace("\u2581", " ").encode() for i, name in enumerate(names)]

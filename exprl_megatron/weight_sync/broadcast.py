@@ -155,7 +155,7 @@ class BroadcastTransport:
                 replies.result()
             return await sending
         except RuntimeError as error:
-            # The server's reply, or its absence, tells the cause.
+            # The server's reply, or its absence, shows the cause.
             await asyncio.wait({replies}, timeout=CAUSE_S)
             if replies.done():
                 replies.result()

@@ -44,7 +44,7 @@ class RankCoordinator:
         self._signals: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=signal_deadline_s))
         self._loop = asyncio.new_event_loop() if self.is_rank0 else None
         if self._loop is not None:
-            # A daemon, so that an error in the main thread ends the process in any case.
+            # The thread is a daemon, so that an error in the main thread ends the process in any case.
             self._thread = threading.Thread(target=self._loop.run_forever, name="coordinator", daemon=True)
             self._thread.start()
 

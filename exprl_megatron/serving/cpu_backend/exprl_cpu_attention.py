@@ -54,7 +54,7 @@ class Batch:
 
     @property
     def cached(self) -> int:
-        """Numbers of a token in both caches."""
+        """The numbers of a token in both caches."""
         return sum(cache.shape[1] * cache.shape[2] for cache in (self.keys, self.values))
 
 

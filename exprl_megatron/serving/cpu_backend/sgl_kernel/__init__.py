@@ -36,7 +36,7 @@ def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torc
     state = _absorb(torch.zeros_like(seed), seed & _MASK)
     state = _absorb(state, (seed >> 32) & _MASK)
     state = _absorb(state, positions.to(torch.int64) & _MASK)
-    # A vocabulary of columns: half the bytes, in two pieces of memory.
+    # There is a column for each token of a vocabulary, so int32 and two buffers are used: half the bytes.
     state = state.to(torch.int32)[:, None] ^ _scrambled(col_indices.to(torch.int64) & _MASK).to(torch.int32)
     other = _shifted(state, 19, torch.empty_like(state))
     state.bitwise_left_shift_(13).bitwise_or_(other).mul_(5).add_(_signed(0xE6546B64)).bitwise_xor_(16)
