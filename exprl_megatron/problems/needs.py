@@ -1,4 +1,4 @@
-"""Checks whether problems have the fields that a stage needs."""
+"""Checks whether problems have the fields that a stage needs, and whether held-out ones are used for training."""
 
 from collections.abc import Collection, Sequence
 from typing import Literal
@@ -40,6 +40,12 @@ def unmet_needs(problems: Sequence[Problem], need: ProblemNeed, custom_domains: 
             wanted = _VERIFIED_BY.get(domain, "verifier in verifier.domains")
             found.append(_sentence(lacking, len(members), wanted, f"{domain} "))
     return found
+
+
+def count_shared(held_out: Sequence[Problem], training: Sequence[Problem]) -> int:
+    """Count the held-out problems whose text, apart from white space, is that of a problem for training."""
+    known = {"".join(problem.statement.split()) for problem in training}
+    return sum("".join(problem.statement.split()) in known for problem in held_out)
 
 
 def _sentence(lacking: Sequence[Problem], of: int, wanted: str, kind: str = "") -> str:

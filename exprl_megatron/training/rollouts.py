@@ -20,6 +20,7 @@ from exprl_megatron.judging.leaks import LeakGuard
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.routing import Routing
 from exprl_megatron.models.tokenizer import load_tokenizer
+from exprl_megatron.problems.needs import count_shared
 from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.problems.prompts import PromptBuilder, PromptedProblems, check_vocabulary, drop_overlong
 from exprl_megatron.problems.sources import load_problems
@@ -154,6 +155,20 @@ class Rollouts:
             self._guards[problems] = LeakGuard(self._config.leak_guard, prompted.problems)
             if prompted.dropped:
                 self._logger.log(f"{problems.source}: {prompted.dropped} prompts of more than {limit} tokens left out")
+        self._log_shared()
+
+    def _log_shared(self) -> None:
+        """Log how many held-out problems the policy is also trained on."""
+        if not self._config.has_evaluation:
+            return
+        held_out = self._prompted[self._config.required_evaluation.problems].problems
+        trained = {stage.problems for stage in self._config.stages if isinstance(stage, RlStage)}
+        for source, shared in sorted((p.source, count_shared(held_out, self._prompted[p].problems)) for p in trained):
+            if shared:
+                self._logger.log(
+                    f"{shared} of {len(held_out)} problems of the evaluation are also in {source}, which is for "
+                    "training: pass@k includes what the policy has seen"
+                )
 
     def take_metrics(self, stage: str, step: int) -> dict[str, float]:
         """Return `gate/*` of a step whose judge was checked, and `servers/*` and `loop/*` since the last call."""

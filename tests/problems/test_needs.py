@@ -1,6 +1,6 @@
 """Which problems lack what a stage needs, in sentences."""
 
-from exprl_megatron.problems.needs import is_verifiable, unmet_needs
+from exprl_megatron.problems.needs import count_shared, is_verifiable, unmet_needs
 from exprl_megatron.problems.problem import CodeTest, Problem, Reference
 
 WITH_ALL = Problem("all", "p", Reference("r"), "1")
@@ -33,3 +33,11 @@ def test_what_cannot_be_verified_is_one_sentence_for_each_domain():
         "1 of 1 science problems have no verifier, only a judge can grade them (essay); fix them or leave them out.",
     ]
     assert not any(map(is_verifiable, JUDGED))
+
+
+def test_held_out_problems_are_shared_by_their_text_whatever_their_ids_and_white_space():
+    training = [Problem("a", "What is 1 + 1?"), Problem("b", "What is 2 + 2?")]
+    held_out = [Problem("c", "What is  1 + 1?\n"), Problem("a", "What is 3 + 3?")]
+    assert count_shared(held_out, training) == 1
+    assert count_shared(training, training) == 2
+    assert count_shared([], training) == count_shared(held_out, []) == 0

@@ -96,6 +96,21 @@ def test_a_log_without_experts_is_not_learned_from_where_they_are_to_be_replayed
         assert read[False](step).groups
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_held_out_problems_that_are_for_training_too_are_counted_in_the_log(tiny_model, tmp_path, shared):
+    trained = write_problems(tmp_path / "problems.jsonl")
+    held_out = tmp_path / "held_out.jsonl"
+    other = {"id": "other", "problem": "What is 17 + 17?", "answer": "34"}
+    lines = trained.read_text().splitlines()[:2] if shared else []
+    held_out.write_text("\n".join([*lines, json.dumps(other)]) + "\n")
+    evaluation = {"problems": {"source": str(held_out)}, "sampling": {"max_new_tokens": 16}}
+    config = _config(tmp_path, tiny_model("qwen3"), trained, evaluation=evaluation)
+    said: list[str] = []
+    Rollouts(config, None, None, [], None, SimpleNamespace(log=said.append)).prepare()
+    expected = f"2 of 3 problems of the evaluation are also in {trained}, which is for training"
+    assert [line.startswith(expected) for line in said] == ([True] if shared else [])
+
+
 @pytest.mark.parametrize("replays", [True, False, None])
 def test_servers_are_asked_for_their_experts_where_these_are_replayed(tiny_model, tmp_path, monkeypatch, replays):
     model = tiny_model("mixtral")
