@@ -82,7 +82,7 @@ def test_several_prompts_have_each_their_own_seed_and_the_same_settings():
 
 
 def test_to_read_a_prompt_nothing_is_sampled():
-    (request,) = sent(lambda c: c.read([1, 2]), generate=SAMPLED)
+    (request,) = sent(lambda c: c.prefill([1, 2]), generate=SAMPLED)
     assert request == ("POST", "/generate", {"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 0}})
 
 
