@@ -19,12 +19,15 @@ pytestmark = pytest.mark.slow
 
 
 def _kill_and_compare(config, server, directory):
-    """Killed in the middle of step 2, resumed, and then learned again from the same traces without an interruption."""
+    """Killed in step 2, resumed, and then learned again from the same traces without an interruption.
+
+    Returns how many steps of the killed run may have a sync: step 2 has one where it ended before the kill arrived.
+    """
     paths, whole = RunDirectory(config.directory), RunDirectory(directory)
     sampled = Journal(paths.journal).path("distill", 2)
     kill_when(start_ranks(config, {"policy": server}), sampled.is_file)
     before = sampled.read_bytes()
-    assert not any('"step": 2' in line for line in paths.metrics.read_text().splitlines()), "it was in the middle of it"
+    in_time = not any('"step": 2' in line for line in paths.metrics.read_text().splitlines())
     finish(start_ranks(config, {"policy": server}, resume=True))
     assert sampled.read_bytes() == before, "traces and their experts were sampled again"
     again = config.model_copy(update={"directory": directory})
@@ -33,6 +36,7 @@ def _kill_and_compare(config, server, directory):
     finish(start_ranks(again, {"policy": server}, resume=True))
     name = "distill/model.safetensors"
     assert filecmp.cmp(paths.models / name, whole.models / name, shallow=False), "not bitwise the same"
+    return {2} if in_time else {2, 3}
 
 
 def weights_of(directory):
@@ -67,8 +71,9 @@ def test_a_policy_of_experts_is_sampled_under_the_weights_that_it_has_learned(ti
     paths = RunDirectory(config.directory)
     with start_servers([ServerSpec("policy-0", model, server, tmp_path)], starter())[0] as started:
         if transport == "direct":
-            _kill_and_compare(config, started, tmp_path / "whole")
+            syncs = _kill_and_compare(config, started, tmp_path / "whole")
         else:
+            syncs = {3}
             finish(start_ranks(config, {"policy": started}))
     assert read_config(paths).policy.router_replay, "the default for a mixture"
     for step in (1, 2, 3):
@@ -84,5 +89,5 @@ def test_a_policy_of_experts_is_sampled_under_the_weights_that_it_has_learned(ti
     # Each sync compared the checksums of all experts; were they not the trainer's, or did the trainer take experts for
     # other tokens than the server, the log-probs would differ too. The killed run had step 2's traces already.
     synced = [step["sync/check"] > 0 for step in steps if "sync/check" in step]
-    assert all(synced) and len(synced) == (2 if transport == "direct" else 3)
+    assert all(synced) and len(synced) in syncs
     assert all(step["sampler_gap/max"] <= 1e-4 for step in steps)
