@@ -21,9 +21,18 @@ def pytest_configure(config):
     """Without the GPU environment every test, and every process that one starts, runs on the CPU."""
     if missing_gpu_packages():
         os.environ.update(environment(cuda=False))
+    _start_times_that_do_not_follow_the_clock()
     # The environment with Transformer Engine has no property tests, and not their library.
     if importlib.util.find_spec("hypothesis"):
         _same_examples_at_any_speed()
+
+
+def _start_times_that_do_not_follow_the_clock():
+    """psutil's Process.children misses some while the system clock is adjusted, from which it takes the boot's time."""
+    import psutil
+
+    booted = psutil.boot_time()
+    psutil._pslinux.boot_time = lambda: booted
 
 
 def _same_examples_at_any_speed():

@@ -8,9 +8,11 @@ import os
 import tempfile
 import threading
 import time
+from contextlib import suppress
 
 import psutil
 
+from exprl_megatron.processes.descendants import child_pids
 from exprl_megatron.processes.supervise import HEARTBEAT
 
 SILENCE_S = 45.0
@@ -64,7 +66,8 @@ class RankHeartbeat:
 
 def states(supervisor: int) -> list[str]:
     """Return the states of the processes that `supervisor` runs, as `stopped` or `disk-sleep`."""
-    try:
-        return [child.status() for child in psutil.Process(supervisor).children()]
-    except psutil.NoSuchProcess:
-        return []
+    found: list[str] = []
+    for child in child_pids(supervisor):
+        with suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(child).status())
+    return found

@@ -1,5 +1,6 @@
 """tools/bench_peer.py: both trainers get the same task, take turns, and are charged for their own time alone."""
 
+import itertools
 import json
 import re
 import runpy
@@ -98,6 +99,19 @@ def test_trainers_take_turns_and_those_that_wait_are_stopped(tmp_path):
     costs = [cost for contestant in both for cost in contestant.costs]
     assert sum(cost.cpu_s for cost in costs) > 0 and all(cost.wall_s > 0 for cost in costs)
     assert len(processes) == 4 and all(map(_ends, processes))
+
+
+def test_no_process_is_missed_while_the_system_clock_is_adjusted(tmp_path, monkeypatch):
+    # psutil adds the time of the boot by the system clock to each start time, here less from call to call.
+    boot = psutil.boot_time()
+    later = itertools.count()
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: boot - next(later))
+    contestant = Contestant(
+        "one", [sys.executable, "-S", "-c", TRAINER, str(tmp_path / "one")], {}, tmp_path / "one", tmp_path / "one.log"
+    )
+    with contestant:
+        contestant.take_step(60.0)
+        assert [process.status() for process in contestant.processes()] == [psutil.STATUS_STOPPED] * 2
 
 
 def test_a_trainer_that_ends_is_named_with_its_last_words(tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from exprl_megatron.errors import UserError
+from exprl_megatron.processes.descendants import descendants
 from exprl_megatron.processes.log_tail import log_tail
 from exprl_megatron.reporting.timeline import STEP, Span, read_timeline
 
@@ -105,12 +106,12 @@ class Contestant:
         return [span.end for span in spans if span.name == STEP]
 
     def processes(self) -> list[psutil.Process]:
-        """Its processes that are there now, first the one that has started the others."""
-        try:
-            own = psutil.Process(self._process.pid)
-            return [own, *own.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+        """Return its processes that exist now, first the one that has started the others."""
+        found = []
+        for pid in (self._process.pid, *descendants(self._process.pid)):
+            with suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(pid))
+        return found
 
     def _stop(self) -> None:
         # One that was just starting another has now started it or is stopped itself.
