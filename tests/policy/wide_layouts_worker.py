@@ -88,6 +88,8 @@ CASES = {
     "olmo3 PP2 recompute selective": ("olmo3", Layout(pp=2), {"recompute": "selective"}, {}),
     "olmo3 TP2xPP2xDP2+SP recompute full": ("olmo3", WINDOWS["TP2xPP2xDP2+SP"], {"recompute": "full"}, {}),
     "qwen3.5 TP2xPP2 padded, recompute full": ("qwen3.5", Layout(tp=2, pp=2), {"packing": False, **FULL}, {}),
+    "qwen3.5-moe EP2 padded": ("qwen3.5-moe", EXPERTS["EP2"], {"packing": False}, {}),
+    "qwen3.5-moe PP2 padded": ("qwen3.5-moe", Layout(pp=2), {"packing": False}, {}),
 }
 """The model, the layout, settings of the policy and of the optimizer."""
 REPLAYED = {
