@@ -117,7 +117,7 @@ class LeakGuard:
         for n, hidden in self._all_hidden().items():
             shown = np.concatenate([_ngrams(statement, n) for statement in statements])
             found = np.setdiff1d(_ngrams(words, n), shown)
-            if not np.isin(found, hidden).any():
+            if not _is_in(hidden, found).any():
                 continue
             other = next(id for id in self._problems if self._hides(id, n, found))
             raise RunStopped(
@@ -127,7 +127,7 @@ class LeakGuard:
             )
 
     def _hides(self, problem_id: str, n: int, ngrams: np.ndarray) -> bool:
-        return any(n == own and np.isin(ngrams, hidden).any() for own, hidden in self._references(problem_id))
+        return any(n == own and _is_in(hidden, ngrams).any() for own, hidden in self._references(problem_id))
 
     def _all_hidden(self) -> dict[int, np.ndarray]:
         """Return the n-grams of every reference, by n; made once."""
@@ -206,12 +206,16 @@ def _hidden(reference: np.ndarray, statements: list[np.ndarray], ngram_words: in
 def _overlap(words: np.ndarray, hidden: np.ndarray, n: int) -> Overlap:
     """Compare the words of a text, uint64 [words], with `hidden`, uint64 [n-grams], sorted and not empty."""
     ngrams = _ngrams(words, n)
-    nearest = hidden[np.minimum(np.searchsorted(hidden, ngrams), len(hidden) - 1)]
-    places = np.flatnonzero(nearest == ngrams)
+    places = np.flatnonzero(_is_in(hidden, ngrams))
     if not len(places):
         return NO_OVERLAP
     reproduced = len(np.unique(ngrams[places])) / len(hidden)
     return Overlap(len(places), int(places[0]) + 1, int(places[-1]) + n, n, reproduced)
+
+
+def _is_in(hidden: np.ndarray, ngrams: np.ndarray) -> np.ndarray:
+    """Return which of `ngrams` are in `hidden`, bool [n-grams]; np.isin would sort `hidden`, sorted and not empty."""
+    return hidden[np.minimum(np.searchsorted(hidden, ngrams), len(hidden) - 1)] == ngrams
 
 
 @lru_cache(maxsize=2)  # the traces of a group share their request, and a trace is compared more than once

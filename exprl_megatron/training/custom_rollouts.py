@@ -73,10 +73,14 @@ class StepContext:
         self.failure: Exception | None = None
         self._sampler = sampler
 
-    @property
+    @functools.cached_property
     def problems(self) -> Sequence[PromptProblem]:
         """See RolloutContext.problems."""
-        return self._sampler.shown_problems(self.stage)
+        return tuple(self._sampler.shown_problems(self.stage))
+
+    @functools.cached_property
+    def _problem_of(self) -> dict[str, PromptProblem]:
+        return {problem.id: problem for problem in self.problems}
 
     def next_problems(self, count: int | None = None) -> list[PromptProblem]:
         """See RolloutContext.next_problems."""
@@ -97,16 +101,16 @@ class StepContext:
         Raises:
             ValueError: a problem does not belong to the stage, there is no problem, or `group_size` is below 1.
         """
-        known = {problem.id: problem for problem in self.problems}
         ids = [problem.id for problem in problems]
-        if unknown := [problem_id for problem_id in ids if problem_id not in known]:
+        if unknown := [problem_id for problem_id in ids if problem_id not in self._problem_of]:
             raise ValueError(f"the stage has no problem {unknown[0]!r} to sample")
         if not ids:
             raise ValueError("sample was given no problem")
         size = self.stage.group_size if group_size is None else group_size
         if size < 1:
             raise ValueError(f"group_size is {size}; sample at least one trace of a problem")
-        texts = None if prompt is None else {problem_id: _text(prompt, known[problem_id]) for problem_id in ids}
+        chosen = (self._problem_of[problem_id] for problem_id in ids)
+        texts = None if prompt is None else {problem.id: _text(prompt, problem) for problem in chosen}
         return self._known(await self._sampler.sample_problems(self, ids, size, texts))
 
     @_ending

@@ -17,6 +17,7 @@ from exprl_megatron.judging.leaks import LeakGuard
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.problems.problem import Reference
 from exprl_megatron.training.custom_stages import StageHooks, read_kept, write_kept
+from exprl_megatron.training.rollouts import Rollouts
 
 
 class Taking(CustomStage):
@@ -240,6 +241,18 @@ def test_two_samples_of_a_problem_in_a_step_have_other_seeds(monkeypatch):
 
     step, _ = sampled(monkeypatch, rollout)
     assert [found.problem_id for found in step.groups] == ["p0", "p0"]
+
+
+def test_the_problems_of_a_stage_are_listed_once_in_a_step_however_often_it_samples(monkeypatch):
+    listed = []
+    shown = Rollouts.shown_problems
+    monkeypatch.setattr(Rollouts, "shown_problems", lambda *a: listed.append(a) or shown(*a))
+
+    async def rollout(ctx):
+        return [group for problem in ctx.problems for group in await ctx.sample([problem], group_size=1)]
+
+    sampled(monkeypatch, rollout)
+    assert len(listed) == 1
 
 
 async def _empty(ctx):
