@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from exprl_megatron.config.load import load_config
+from exprl_megatron.processes.descendants import descendants, existing
 from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.runs.directory import RunDirectory
 
@@ -111,7 +112,7 @@ def reached(paths: RunDirectory) -> set[str]:
 
 def family(run: psutil.Process) -> list[psutil.Process]:
     """The run's process and all below it."""
-    return [run, *run.children(recursive=True)]
+    return [run, *existing(descendants(run.pid))]
 
 
 def processor_seconds(run: psutil.Process) -> dict[tuple[int, float], float]:

@@ -3,9 +3,11 @@
 psutil's `children` compares start times by the system clock, and misses children while that is adjusted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 
 def child_pids(pid: int) -> list[int]:
@@ -23,3 +25,12 @@ def descendants(pid: int) -> Iterator[int]:
     for child in child_pids(pid):
         yield child
         yield from descendants(child)
+
+
+def existing(pids: Iterable[int]) -> list[psutil.Process]:
+    """Return the processes of `pids` that have not ended."""
+    found = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(pid))
+    return found

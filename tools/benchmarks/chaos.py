@@ -22,6 +22,7 @@ from exprl_megatron.errors import RunStopped, ServerError
 from exprl_megatron.launch.launcher import required_servers
 from exprl_megatron.launch.ranks import TrainerRanks
 from exprl_megatron.policy.checkpoint_files import DAMAGED, checkpoints
+from exprl_megatron.processes.descendants import child_pids, existing
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keys import authorization
@@ -205,7 +206,7 @@ class FaultedRun:
     def _kill(self, name: str) -> None:
         """kill -9 of a server, not of its supervisor; nothing where it is down already."""
         server = self.supervisor.server(name)
-        for process in psutil.Process(server.pid).children() if server.alive() else []:
+        for process in existing(child_pids(server.pid)) if server.alive() else []:
             process.kill()
         self._over = True
 
@@ -251,8 +252,7 @@ class FaultedRun:
         self._over = True
 
     def _workers(self) -> list[psutil.Process]:
-        supervisors = [psutil.Process(pid) for pid in self._ranks.pids if psutil.pid_exists(pid)]
-        return [worker for supervisor in supervisors for worker in supervisor.children()]
+        return existing(worker for supervisor in self._ranks.pids for worker in child_pids(supervisor))
 
     def _stop_rank(self) -> None:
         """SIGSTOP for one rank, which its missing heartbeat shows."""

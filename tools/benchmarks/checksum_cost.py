@@ -4,10 +4,9 @@ import time
 from pathlib import Path
 from statistics import median
 
-import psutil
-
 from benchmarks.sync_runs import Trainer
 from exprl_megatron.config.policy import Layout
+from exprl_megatron.processes.descendants import descendants, existing
 
 KINDS = ("none", "shards", "whole")
 """No checksums; those of shards and of the served model's parts of them; SGLang's own, of joined tensors."""
@@ -50,5 +49,5 @@ def _processor_s(trainer: Trainer, servers: list[dict]) -> float:
     own = trainer.coordinator.collect(time.process_time())
     if own is None:
         return 0.0
-    processes = [process for server in servers for process in psutil.Process(server["pid"]).children(recursive=True)]
+    processes = existing(pid for server in servers for pid in descendants(server["pid"]))
     return sum(own) + sum(sum(process.cpu_times()[:2]) for process in processes)

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.processes.descendants import descendants
+from exprl_megatron.processes.descendants import descendants, existing
 from exprl_megatron.processes.log_tail import log_tail
 from exprl_megatron.reporting.timeline import STEP, Span, read_timeline
 
@@ -107,11 +107,7 @@ class Contestant:
 
     def processes(self) -> list[psutil.Process]:
         """Return its processes that exist now, first the one that has started the others."""
-        found = []
-        for pid in (self._process.pid, *descendants(self._process.pid)):
-            with suppress(psutil.NoSuchProcess):
-                found.append(psutil.Process(pid))
-        return found
+        return existing((self._process.pid, *descendants(self._process.pid)))
 
     def _stop(self) -> None:
         # One that was just starting another has now started it or is stopped itself.
