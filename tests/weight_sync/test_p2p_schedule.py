@@ -1,6 +1,5 @@
 """Direct transfers: carried out by hand on shards as loading cuts them, they bring every server rank what it holds."""
 
-import sys
 from collections import defaultdict, deque
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.loaded_shards import CASES, architecture_of, shards
+from helpers.operations import python_calls
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.name_map import hf_shapes
@@ -130,22 +130,6 @@ def test_what_nobody_holds_is_refused(tiny_model, need):
         plan_of([[[need]]], architecture, layout, "float32", BUDGET)
 
 
-def calls(work):
-    """Calls of Python functions while `work` runs."""
-    counted = 0
-
-    def count(frame, event, argument):
-        nonlocal counted
-        counted += event == "call"
-
-    sys.setprofile(count)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return counted
-
-
 def test_experts_are_planned_together_and_not_one_by_one(tiny_model):
     few = architecture_of(tiny_model, "qwen3-moe")
     many = replace(few, experts=replace(few.experts, count=16 * few.experts.count))
@@ -159,7 +143,7 @@ def test_experts_are_planned_together_and_not_one_by_one(tiny_model):
             plan = TransferPlan(needs, held, layout, "float32", 2**40)
             return plan.sends(1), plan.receives(2)
 
-        counted.append(calls(work))
+        counted.append(python_calls(work))
     assert counted[0] == counted[1]
 
 
