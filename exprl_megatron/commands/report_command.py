@@ -31,7 +31,6 @@ def report_command(
         raise UserError("Say where the page goes: give --out F.html, or --serve.")
     if out is not None and out.is_dir():
         raise UserError(f"{out} is a directory; give --out the path of a file, F.html.")
-    # Before torch is imported, which takes seconds.
     for run in runs:
         require_run(run)
     from exprl_megatron.inspection.report_page.page_model import PageReader
@@ -44,6 +43,7 @@ def report_command(
         return
     from exprl_megatron.inspection.report_page.page_file import write_page
 
+    print(f"reading {', '.join(map(str, runs))}", flush=True)
     model = write_page(out, reader, int(max_mb * 1e6))
     places = [place for run in model.tree["runs"] for place in run["places"]]
     kept, of = (sum(place.get(name, 0) for place in places) for name in ("kept", "traces"))

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import cache
 
 import psutil
-import torch
 
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.kernels import EFFICIENCY
@@ -45,6 +44,8 @@ def _measured_rates() -> tuple[float, float]:
     """Measure FLOP/s of a product and bytes/s of a copy by one thread, once a process: a served page asks at each
     refresh.
     """
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

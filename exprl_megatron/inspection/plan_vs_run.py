@@ -54,6 +54,7 @@ def print_comparison(run: Path, gpu_name: str | None, as_json: bool) -> None:
 
     directory = RunDirectory(run)
     config = read_config(directory)
+    require_finished_step(directory)
     gpu, how = prediction_device(config, gpu_name)
     rows = compare_run(config, directory, gpu)
     if as_json:
@@ -78,24 +79,30 @@ def print_comparison(run: Path, gpu_name: str | None, as_json: bool) -> None:
     console.print(how, markup=False, highlight=False, soft_wrap=True)
 
 
-def compare_run(config: RunConfig, directory, gpu: Gpu) -> list[ComparedFigure]:
-    """Compare every stage that has run at least one step.
+def require_finished_step(directory) -> None:
+    """Check that there is something to compare with, before this machine's CPU is measured, which takes seconds.
 
     Raises:
-        UserError: none has.
+        UserError: no step is finished.
     """
+    from exprl_megatron.reporting.metrics import read_metrics
+
+    # A record of step 0 is an evaluation alone.
+    if not any(record["step"] for record in read_metrics(directory.metrics)):
+        raise UserError(f"The run in {directory.root} has finished no step; wait for one.")
+
+
+def compare_run(config: RunConfig, directory, gpu: Gpu) -> list[ComparedFigure]:
+    """Compare every stage that has run at least one step."""
     from exprl_megatron.reporting.metrics import read_metrics
 
     records = read_metrics(directory.metrics)
     found = []
     for stage in config.stages:
-        # A record of step 0 is an evaluation alone.
         steps = [record["metrics"] for record in records if record["stage"] == stage.name and record["step"]]
         if steps:
             workload = observed_workload(config, stage, steps, directory)
             found += _rows(stage.name, plan(config, stage, workload, gpu), steps)
-    if not found:
-        raise UserError(f"The run in {directory.root} has finished no step; wait for one.")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Group as Renderables
@@ -59,6 +60,9 @@ class PolicyTokenizer:
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase | None":
         """The tokenizer; None where it no longer exists."""
+        path = Path(self._model).expanduser()
+        if path.is_absolute() and not path.exists():
+            return None  # without importing transformers, which takes seconds
         try:
             return load_tokenizer(self._model)
         except (OSError, ValueError, KeyError):

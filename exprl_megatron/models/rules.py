@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -27,9 +29,11 @@ class Rule:
         """
         return parts[0]
 
-    def parts(self, parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def parts[Array: (torch.Tensor, np.ndarray)](self, parameter: Array) -> tuple[Array, ...]:
         """Split one rank's Megatron parameter into its parts of the Hugging Face tensors, in shape: the inverse of
         merge.
+
+        Arrays of NumPy are split in the same way, so that the planner can follow row numbers without torch.
         """
         return (parameter,)
 
@@ -70,7 +74,7 @@ class GateUp(Rule):
 
     def parts(self, parameter):
         """Split [2 rows, in] into gate and up."""
-        return parameter.chunk(2)
+        return _cut(parameter, [len(parameter) // 2] * 2)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class QueryKeyValue(Rule):
         """Split [all rows, ...] into query, key and value."""
         rows = (self.heads_per_group * self.head_dim, self.head_dim, self.head_dim)
         grouped = parameter.reshape(-1, sum(rows), *parameter.shape[1:])
-        return tuple(part.flatten(0, 1) for part in grouped.split(rows, dim=1))
+        return tuple(_flat(part, 2) for part in _cut(grouped, rows, 1))
 
 
 @dataclass(frozen=True)
@@ -113,9 +117,9 @@ class GatedQueryKeyValue(QueryKeyValue):
         """Split [all rows, ...] into query with gate, key and value."""
         rows = (2 * self.heads_per_group * self.head_dim, self.head_dim, self.head_dim)
         grouped = parameter.reshape(-1, sum(rows), *parameter.shape[1:])
-        both, key, value = (part.flatten(0, 1) for part in grouped.split(rows, dim=1))
+        both, key, value = (_flat(part, 2) for part in _cut(grouped, rows, 1))
         heads = both.reshape(-1, 2, self.heads_per_group, self.head_dim, *both.shape[1:])
-        return heads.transpose(1, 2).flatten(0, 3), key, value
+        return _flat(heads.swapaxes(1, 2), 4), key, value
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class Stacked(Rule):
     def parts(self, parameter):
         """Split the rows of a parameter into its tensors."""
         sizes = [sum(sections) for sections in self.rows]
-        return parameter.split([size * len(parameter) // sum(sizes) for size in sizes])
+        return _cut(parameter, [size * len(parameter) // sum(sizes) for size in sizes])
 
 
 @dataclass(frozen=True)
@@ -178,3 +182,17 @@ def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
     import torch
 
     return torch.cat(tuple(parts), dim=dim)
+
+
+def _cut[Array: (torch.Tensor, np.ndarray)](array: Array, sizes: Sequence[int], dim: int = 0) -> tuple[Array, ...]:
+    """Return views of consecutive `sizes` along `dim`, as torch.split does."""
+    found = []
+    for size, end in zip(sizes, accumulate(sizes), strict=True):
+        place: tuple[slice, ...] = (*[slice(None)] * dim, slice(end - size, end))
+        found.append(array[place])
+    return tuple(found)
+
+
+def _flat[Array: (torch.Tensor, np.ndarray)](array: Array, dims: int) -> Array:
+    """Merge the first `dims` dimensions into one."""
+    return array.reshape(math.prod(array.shape[:dims]), *array.shape[dims:])

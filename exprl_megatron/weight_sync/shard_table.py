@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import torch
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.architecture import Architecture
@@ -133,8 +132,8 @@ def _runs(rule: Rule, rows: int) -> tuple[tuple[int, tuple[tuple[int, int, int],
     """
     found = []
     # Rules move whole rows, so applying one to row numbers shows where rows go.
-    for part in rule.parts(torch.arange(rows)[:, None]):
-        at = part[:, 0].numpy()
+    for part in rule.parts(np.arange(rows)[:, None]):
+        at = part[:, 0]
         starts = np.append(0, np.flatnonzero(np.diff(at) != 1) + 1)
         ends = np.append(starts[1:], len(at))
         found.append((len(at), tuple(zip(starts.tolist(), (ends - starts).tolist(), at[starts].tolist(), strict=True))))

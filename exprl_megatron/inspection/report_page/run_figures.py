@@ -90,9 +90,10 @@ def predictions(config: RunConfig, directory: RunDirectory) -> dict[str, Any]:
     """Return {device, rows: [{stage, phase, predicted_s, measured_s}]} by the planner, or {missing: why there
     is none}.
     """
-    from exprl_megatron.inspection.plan_vs_run import compare_run, prediction_device
+    from exprl_megatron.inspection.plan_vs_run import compare_run, prediction_device, require_finished_step
 
     try:
+        require_finished_step(directory)
         gpu, how = prediction_device(config, None)
         rows = compare_run(config, directory, gpu)
     except (UserError, OSError, ValueError, KeyError) as error:
