@@ -74,7 +74,7 @@ def assemble(
         prefetch = RolloutPrefetch(coordinator, rollouts, on_failure)
         evaluator = Evaluator(config, paths, rollouts, judging, logger)
     # Prompts first: their errors are known before the servers are ready.
-    coordinator.broadcast_from_rank0(lambda: rollouts.prepare())
+    coordinator.broadcast_from_rank0(lambda: rollouts.problems.prepare())
 
     def policy_on_device() -> Policy:
         return Policy(_initial_policy(config, paths, progress), config.seed)

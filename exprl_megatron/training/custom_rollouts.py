@@ -19,7 +19,7 @@ CustomPrompts = Mapping[str, str]
 
 
 class StepSampler(Protocol):
-    """What samples and grades for a stage of the user's own: the run's Rollouts, or a trial of them."""
+    """What samples and grades for a stage of the user's own: that of the run, or one without servers."""
 
     def shown_problems(self, stage: RlStage) -> Sequence[PromptProblem]:
         """The problems that the stage may sample."""

@@ -16,8 +16,9 @@ from exprl_megatron.reporting.tags import EVALUATION
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory, write_atomically
 from exprl_megatron.runs.journal import SampledStep, write_step
+from exprl_megatron.training.graded_sampling import SamplePlan
 from exprl_megatron.training.judging_runtime import JudgingRuntime
-from exprl_megatron.training.rollouts import Rollouts, SamplePlan
+from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run_logger import RunLogger
 
 START = "start"
@@ -52,12 +53,12 @@ class Evaluator:
         plan = SamplePlan(
             ("evaluation", 0),
             settings.problems,
-            range(self._rollouts.problem_count(settings.problems)),
+            range(self._rollouts.problems.count(settings.problems)),
             settings.samples,
             settings.sampling,
             [version],
         )
-        groups = await self._rollouts.sample(plan, self._judging.grade_by_answer())
+        groups = await self._rollouts.sampler.sample(plan, self._judging.grade_by_answer())
         counts = {group.problem_id: count_samples(sample.judgement for sample in group.samples) for group in groups}
         found = estimate_each_k(list(counts.values()), settings.k, settings.confidence)
         record = {

@@ -166,7 +166,7 @@ class Run:
         self._phases.switch_to_training()
         self._step_counts = {} if sampled is None else self._counts(stage, sampled)
         if sampled is not None and self._logger is not None:
-            self._logger.sampled(stage, step, sampled.groups, self._rollouts.problem_texts(stage))
+            self._logger.sampled(stage, step, sampled.groups, self._rollouts.problems.texts(stage))
         self._progress = self._coordinator.broadcast_from_rank0(lambda: self._progress_after(sampled))
         return [] if sampled is None else sampled.groups
 
@@ -319,7 +319,10 @@ class Run:
         if not self.config.learns:
             return
         if isinstance(stage, CustomStageConfig):
-            self._coordinator.on_rank0(lambda: self._rollouts.write_kept_problems(cast(RlStage, stage)))
+            rl_stage = cast(RlStage, stage)
+            self._coordinator.on_rank0(
+                lambda: self._rollouts.problems.write_kept(rl_stage, self._rollouts.custom_stage(rl_stage))
+            )
         target = self._directory.models / stage.name
         if stage.name not in self._trained_stages and self._coordinator.broadcast_from_rank0(target.is_dir):
             return

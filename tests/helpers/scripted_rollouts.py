@@ -16,7 +16,10 @@ from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.problems.prompts import PromptedProblems
 from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.serving.generation import Generation
+from exprl_megatron.training.graded_sampling import GradedSampler
 from exprl_megatron.training.rollouts import Rollouts
+from exprl_megatron.training.run_problems import RunProblems
+from exprl_megatron.training.step_sampling import RunStepSampler
 from helpers.graded import stage
 
 SECRET = "first add seven to nine and then halve whatever comes out of it"
@@ -115,19 +118,17 @@ def rollouts(of_stage, events, *, judging=None, servers=None, lent=False, prompt
 
     `custom` has the hooks of stages of the user's own by name.
     """
+    config = SimpleNamespace(directory="nowhere", seed=3, server=ServerConfig(group_requests=by_groups))
+    pool, logger, texts = servers or Servers(events), SimpleNamespace(rollouts=_bar), prompts or {}
+    tokenizer = SimpleNamespace(decode=lambda ids: texts.get(ids[0], PROBLEMS[ids[0]].text))
     made = Rollouts.__new__(Rollouts)
-    made._config = SimpleNamespace(seed=3, server=ServerConfig(group_requests=by_groups))
-    made._pool = servers or Servers(events)
-    made._shared_judge = made._pool if lent else None
     made._judging = judging or Judging(events)
-    made._routing = None
-    made._journal = Log(events)
-    made._custom_stages, made._choices = custom or {}, {}
-    made._logger = SimpleNamespace(rollouts=_bar)
-    texts = prompts or {}
-    made._tokenizer = SimpleNamespace(decode=lambda ids: texts.get(ids[0], PROBLEMS[ids[0]].text))
-    made._prompted = {of_stage.problems: PromptedProblems(PROBLEMS, tuple((i,) for i in range(6)), 0)}
-    made._guards = {of_stage.problems: LeakGuard(LeakGuardConfig(canary=CANARY), PROBLEMS)}
+    made._journal, made._custom_stages = Log(events), custom or {}
+    made.problems = RunProblems(config, tokenizer, logger)
+    made.problems.prompted = {of_stage.problems: PromptedProblems(PROBLEMS, tuple((i,) for i in range(6)), 0)}
+    made.problems.guards = {of_stage.problems: LeakGuard(LeakGuardConfig(canary=CANARY), PROBLEMS)}
+    made.sampler = GradedSampler(config, made.problems, tokenizer, pool, pool if lent else None, logger)
+    made._steps = RunStepSampler(made.problems, made.sampler, made._judging, tokenizer, None, logger)
     return made
 
 

@@ -9,12 +9,14 @@ import pytest
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import RunStopped
+from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.plugins.loading import load_plugin
 from exprl_megatron.rollout.custom_functions import custom_verifiers
 from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.training import rollouts
+from exprl_megatron.training import graded_sampling
 from exprl_megatron.training.custom_rewards import custom_terms
 from exprl_megatron.training.grading import verified, with_terms
+from exprl_megatron.training.run_problems import RunProblems
 
 SECRET = "the hidden solution says that the sum of both numbers is certainly four in the end"
 HOSTILE = """
@@ -68,11 +70,13 @@ def sampling(tmp_path, monkeypatch, tiny_model):
         console = SimpleNamespace(
             say=print, rollouts=lambda *shown: nullcontext(SimpleNamespace(sampled=lambda: None, graded=lambda: None))
         )
-        made = rollouts.Rollouts(config, None, None, [], None, console)
-        made.prepare()
+        tokenizer = load_tokenizer(config.policy.model)
+        problems = RunProblems(config, tokenizer, console)
+        problems.prepare()
+        sampler = graded_sampling.GradedSampler(config, problems, tokenizer, None, None, console)
 
         async def sample(fleet, prompts, group_size, *further, on_trace, **named):
-            sent.extend(made._tokenizer.decode(prompt.token_ids.tolist()) for prompt in prompts)
+            sent.extend(tokenizer.decode(prompt.token_ids.tolist()) for prompt in prompts)
             traces = [
                 Trace(p.problem_id, k, p.token_ids, (5,), (-0.5,), "4", "stop", ()) for p in prompts for k in (0, 1)
             ]
@@ -80,14 +84,14 @@ def sampling(tmp_path, monkeypatch, tiny_model):
                 await on_trace(trace)
             return [traces]
 
-        monkeypatch.setattr(rollouts, "sample_groups", sample)
+        monkeypatch.setattr(graded_sampling, "sample_groups", sample)
         (stage,) = config.stages
         by_answer = verified(None, config.verifier, custom_verifiers(config.verifier, print))
         grade = with_terms(stage, by_answer, custom_terms("a", stage.reward, 5.0, print))
 
         def step(number: int):
-            plan = rollouts.SamplePlan(("a", number), stage.problems, [0], 2, stage.sampling, ["v0"])
-            return asyncio.run(made.sample(plan, grade))
+            plan = graded_sampling.SamplePlan(("a", number), stage.problems, [0], 2, stage.sampling, ["v0"])
+            return asyncio.run(sampler.sample(plan, grade))
 
         return step
 

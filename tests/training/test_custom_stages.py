@@ -17,7 +17,7 @@ from exprl_megatron.judging.leaks import LeakGuard
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.problems.problem import Reference
 from exprl_megatron.training.custom_stages import StageHooks, read_kept, write_kept
-from exprl_megatron.training.rollouts import Rollouts
+from exprl_megatron.training.run_problems import RunProblems
 
 
 class Taking(CustomStage):
@@ -193,8 +193,8 @@ def sampled(monkeypatch, function, first=0, **changes):
         texts[100 + len(texts)] = text
         return (99 + len(texts),)
 
-    made._custom_prompt = custom_prompt
-    made._tokenizer.decode = lambda ids: texts.get(ids[0]) or PROBLEMS[ids[0]].text
+    made.problems.custom_prompt = custom_prompt
+    made.sampler._tokenizer.decode = lambda ids: texts.get(ids[0]) or PROBLEMS[ids[0]].text
     return asyncio.run(made.collect(of_stage, 1, first, ["v0"])), events
 
 
@@ -245,8 +245,8 @@ def test_two_samples_of_a_problem_in_a_step_have_other_seeds(monkeypatch):
 
 def test_the_problems_of_a_stage_are_listed_once_in_a_step_however_often_it_samples(monkeypatch):
     listed = []
-    shown = Rollouts.shown_problems
-    monkeypatch.setattr(Rollouts, "shown_problems", lambda *a: listed.append(a) or shown(*a))
+    shown = RunProblems.shown
+    monkeypatch.setattr(RunProblems, "shown", lambda *a: listed.append(a) or shown(*a))
 
     async def rollout(ctx):
         return [group for problem in ctx.problems for group in await ctx.sample([problem], group_size=1)]
@@ -348,7 +348,7 @@ def test_the_reference_of_a_problem_that_is_not_sampled_is_no_hint_either(monkey
         made = made_by(*arguments, **named)
         others = [replace(problem, reference=Reference("x")) for problem in PROBLEMS[:5]]
         guard = LeakGuard(LeakGuardConfig(), [*others, PROBLEMS[5]])
-        made._guards = dict.fromkeys(made._guards, guard)
+        made.problems.guards = dict.fromkeys(made.problems.guards, guard)
         return made
 
     async def rollout(ctx):
@@ -386,7 +386,7 @@ def test_a_later_stage_draws_from_what_was_kept_alone(tmp_path):
     # The config's check wants the stage that keeps; it is not run here.
     later = later.model_copy(update={"problems_from": "mine"})
     made = rollouts(later, [], custom={"later": StageHooks(later, print)})
-    made._kept = tmp_path
+    made.problems._kept = tmp_path
     with pytest.raises(UserError, match="Stage mine kept no problem"):
         asyncio.run(made.collect(later, 1, 0, ["v0"]))
     write_kept(tmp_path, "mine", ["p1", "p4", "elsewhere"])
@@ -398,7 +398,7 @@ def test_a_later_stage_draws_from_what_was_kept_alone(tmp_path):
 def test_a_later_stage_without_any_kept_problem_says_so(tmp_path):
     later = custom("Plain", name="later").model_copy(update={"problems_from": "mine"})
     made = rollouts(later, [], custom={"later": StageHooks(later, print)})
-    made._kept = tmp_path
+    made.problems._kept = tmp_path
     write_kept(tmp_path, "mine", ["elsewhere"])
     with pytest.raises(UserError, match="Stage later has none of the problems that stage mine kept"):
         asyncio.run(made.collect(later, 1, 0, ["v0"]))

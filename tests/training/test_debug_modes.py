@@ -106,7 +106,7 @@ def test_held_out_problems_that_are_for_training_too_are_counted_in_the_log(tiny
     evaluation = {"problems": {"source": str(held_out)}, "sampling": {"max_new_tokens": 16}}
     config = _config(tmp_path, tiny_model("qwen3"), trained, evaluation=evaluation)
     said: list[str] = []
-    Rollouts(config, None, None, [], None, SimpleNamespace(log=said.append)).prepare()
+    Rollouts(config, None, None, [], None, SimpleNamespace(log=said.append)).problems.prepare()
     expected = f"2 of 3 problems of the evaluation are also in {trained}, which is for training"
     assert [line.startswith(expected) for line in said] == ([True] if shared else [])
 
@@ -124,7 +124,7 @@ def test_servers_are_asked_for_their_experts_where_these_are_replayed(tiny_model
 
     judging = SimpleNamespace(grade=lambda stage, tokenizer: grade, take_counts=dict)
     rollouts, asked = Rollouts(config, None, None, [], judging, logger), []
-    rollouts.prepare()
+    rollouts.problems.prepare()
 
     async def sample(pool, prompts, group_size, *further, on_trace, routing, **named):
         asked.append(routing)
@@ -133,8 +133,8 @@ def test_servers_are_asked_for_their_experts_where_these_are_replayed(tiny_model
             await on_trace(trace)
         return [[trace] for trace in traces]
 
-    monkeypatch.setattr("exprl_megatron.training.rollouts.sample_groups", sample)
-    asyncio.run(rollouts._sampled(config.stages[1], 1, 0, ["v0"]))
+    monkeypatch.setattr("exprl_megatron.training.graded_sampling.sample_groups", sample)
+    asyncio.run(rollouts._steps.sample_step(config.stages[1], 1, 0, ["v0"]))
     assert asked == [Routing(layers=2, top_k=2, experts=4) if replays else None]
 
 

@@ -13,7 +13,9 @@ from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.config.stages import SparseRlStage
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import PromptedProblems
-from exprl_megatron.training import rollouts
+from exprl_megatron.training import graded_sampling
+from exprl_megatron.training.run_problems import RunProblems
+from exprl_megatron.training.step_sampling import RunStepSampler
 
 
 @pytest.mark.parametrize(("rounds", "drawn"), [(None, 0), (None, 3), (2, 0)])
@@ -22,22 +24,22 @@ def test_each_draw_of_a_problem_is_an_occurrence_of_its_own(monkeypatch, rounds,
         kind="sparse-rl", name="s", steps=1, problems={"source": "p"}, problems_per_step=16, dynamic_sampling=rounds
     )
     problems = tuple(Problem(f"p{i}", "q") for i in range(5))
-    whole = rollouts.Rollouts.__new__(rollouts.Rollouts)
     by_groups = rounds is not None
-    whole._config = SimpleNamespace(seed=0, server=ServerConfig(group_requests=by_groups))
-    whole._prompted = {stage.problems: PromptedProblems(problems, ((1,),) * 5, 0)}
+    config = SimpleNamespace(directory="nowhere", seed=0, server=ServerConfig(group_requests=by_groups))
     threads = []
 
     def note_thread(*_):
         threads.append(threading.current_thread())
         return ""
 
-    whole._guards = {stage.problems: SimpleNamespace(check_request=note_thread)}
-    whole._tokenizer = SimpleNamespace(decode=note_thread)
-    whole._logger = SimpleNamespace(rollouts=lambda *shown: nullcontext())
-    whole._judging = SimpleNamespace(grade=lambda *how: None, take_counts=dict)
-    whole._custom_stages, whole._choices = {}, {}
-    whole._pool = whole._shared_judge = whole._routing = None
+    tokenizer = SimpleNamespace(decode=note_thread)
+    logger = SimpleNamespace(rollouts=lambda *shown: nullcontext())
+    judging = SimpleNamespace(grade=lambda *how: None, take_counts=dict)
+    of_run = RunProblems(config, tokenizer, logger)
+    of_run.prompted = {stage.problems: PromptedProblems(problems, ((1,),) * 5, 0)}
+    of_run.guards = {stage.problems: SimpleNamespace(check_request=note_thread)}
+    sampler = graded_sampling.GradedSampler(config, of_run, tokenizer, None, None, logger)
+    steps = RunStepSampler(of_run, sampler, judging, tokenizer, None, logger)
     asked = []
 
     async def nothing_found(pool, prompts, *further, group_requests, **named):
@@ -45,8 +47,8 @@ def test_each_draw_of_a_problem_is_an_occurrence_of_its_own(monkeypatch, rounds,
         asked.extend((prompt.problem_id, prompt.occurrence) for prompt in prompts)
         return []
 
-    monkeypatch.setattr(rollouts, "sample_groups", nothing_found)
-    asyncio.run(whole._sampled(stage, 1, drawn, ["1"]))
+    monkeypatch.setattr(graded_sampling, "sample_groups", nothing_found)
+    asyncio.run(steps.sample_step(stage, 1, drawn, ["1"]))
     assert len(asked) == 16 * (1 + (rounds or 0))
     assert len(threads) == 2 * len(asked) and threading.main_thread() not in threads
     assert len(set(asked)) == len(asked)

@@ -92,7 +92,13 @@ class Servers:
     def take_memory_stats(self):
         return {}
 
-    def problem_count(self, problems):
+    @property
+    def problems(self):
+        return self
+
+    sampler = problems
+
+    def count(self, problems):
         return 3
 
     def grade_by_answer(self):

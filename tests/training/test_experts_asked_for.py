@@ -19,12 +19,15 @@ from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.models.routing import Routing
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import PromptedProblems
+from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.rollout.sampler import Prompt, sample_groups
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.static_pool import StaticPool
-from exprl_megatron.training import rollouts
 from exprl_megatron.training.evaluator import Evaluator
+from exprl_megatron.training.graded_sampling import GradedSampler
 from exprl_megatron.training.ref_scorer import RefScorer
+from exprl_megatron.training.run_problems import RunProblems
+from exprl_megatron.training.step_sampling import RunStepSampler
 
 ROUTING = Routing(layers=2, top_k=2, experts=5)
 PROMPT, VERSION = (1, 2, 3), "v1"
@@ -71,23 +74,29 @@ class Recorder(SGLangClient):
         return ["routed_experts" in json.dumps(body, default=list) for body in self.bodies]
 
 
-def rollouts_on(client, problems, whole_groups=False):
-    """Rollouts of a run that replays routing, on one server, whose judge gives every trace a point."""
-    found = rollouts.Rollouts.__new__(rollouts.Rollouts)
-    found._config = SimpleNamespace(seed=0, server=ServerConfig(group_requests=whole_groups))
-    found._prompted = {problems: PromptedProblems((Problem("p", "q"),), (PROMPT,), 0)}
-    found._guards = {problems: SimpleNamespace(check_request=lambda *_: None, checks_traces=False)}
-    found._tokenizer = SimpleNamespace(decode=lambda ids: "")
-    bar = SimpleNamespace(sampled=lambda: None, graded=lambda: None)
-    found._logger = SimpleNamespace(rollouts=lambda *shown: nullcontext(bar), log=lambda text: None)
-    found._judging = SimpleNamespace(grade=lambda *how: graded, take_counts=dict, grade_by_answer=lambda: graded)
-    found._custom_stages, found._choices = {}, {}
-    found._pool, found._shared_judge, found._routing = StaticPool([client]), None, ROUTING
-    return found
+BAR = SimpleNamespace(sampled=lambda: None, graded=lambda: None)
+LOGGER = SimpleNamespace(rollouts=lambda *shown: nullcontext(BAR), log=lambda text: None)
 
 
 async def graded(problem, trace):
-    return rollouts.GradedTrace(trace, Scored(1.0))
+    return GradedTrace(trace, Scored(1.0))
+
+
+JUDGING = SimpleNamespace(grade=lambda *how: graded, take_counts=dict, grade_by_answer=lambda: graded)
+
+
+def steps_on(client, problems, whole_groups=False):
+    """The steps of a run that replays routing, on one server, whose judge gives every trace a point.
+
+    Beside them the problems and the sampler of the run.
+    """
+    config = SimpleNamespace(directory="nowhere", seed=0, server=ServerConfig(group_requests=whole_groups))
+    tokenizer = SimpleNamespace(decode=lambda ids: "")
+    of_run = RunProblems(config, tokenizer, LOGGER)
+    of_run.prompted = {problems: PromptedProblems((Problem("p", "q"),), (PROMPT,), 0)}
+    of_run.guards = {problems: SimpleNamespace(check_request=lambda *_: None, checks_traces=False)}
+    sampler = GradedSampler(config, of_run, tokenizer, StaticPool([client]), None, LOGGER)
+    return RunStepSampler(of_run, sampler, JUDGING, tokenizer, ROUTING, LOGGER), of_run, sampler
 
 
 STAGE = SparseRlStage(kind="sparse-rl", name="s", steps=1, problems={"source": "p"}, problems_per_step=1, group_size=2)
@@ -96,17 +105,19 @@ STAGE = SparseRlStage(kind="sparse-rl", name="s", steps=1, problems={"source": "
 @pytest.mark.parametrize("whole_groups", [False, True])
 def test_a_stage_s_traces_are_sampled_with_their_experts_and_the_prefill_before_them_without(whole_groups):
     client = Recorder()
-    sampled = asyncio.run(rollouts_on(client, STAGE.problems, whole_groups)._sampled(STAGE, 1, 0, [VERSION]))
+    steps, *_ = steps_on(client, STAGE.problems, whole_groups)
+    sampled = asyncio.run(steps.sample_step(STAGE, 1, 0, [VERSION]))
     assert client.asked == ([False, True] if whole_groups else [False, True, True])
     assert all(s.trace.routed_experts.shape == (4, 2, 2) for group in sampled.groups for s in group.samples)
 
 
 def test_a_run_s_evaluation_does_not_ask_for_experts(tmp_path):
     client = Recorder()
-    of_run = rollouts_on(client, STAGE.problems)
+    _, problems, sampler = steps_on(client, STAGE.problems)
+    rollouts = SimpleNamespace(problems=problems, sampler=sampler)
     settings = SimpleNamespace(problems=STAGE.problems, samples=2, k=[1], confidence=0.9, sampling=SamplingConfig())
     paths, config = SimpleNamespace(evaluations=tmp_path), SimpleNamespace(evaluation=settings)
-    asyncio.run(Evaluator(config, paths, of_run, of_run._judging, of_run._logger).evaluate("start", VERSION))
+    asyncio.run(Evaluator(config, paths, rollouts, JUDGING, LOGGER).evaluate("start", VERSION))
     assert client.asked == [False] * 3
 
 
@@ -200,4 +211,4 @@ def test_experts_of_other_tokens_than_the_trace_has_are_refused_in_one_sentence(
 
     said = "returned the experts of 3 tokens for sample 0 of problem p, whose 5 tokens have 4"
     with pytest.raises(ServerError, match=said):
-        asyncio.run(rollouts_on(Shifted(), STAGE.problems)._sampled(STAGE, 1, 0, [VERSION]))
+        asyncio.run(steps_on(Shifted(), STAGE.problems)[0].sample_step(STAGE, 1, 0, [VERSION]))

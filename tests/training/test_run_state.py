@@ -66,7 +66,11 @@ class Parts:
     async def check_served(self):
         self.events.append("check served")
 
-    def problem_texts(self, stage):
+    @property
+    def problems(self):
+        return self
+
+    def texts(self, stage):
         return {}
 
     def prune_log(self, stage, step):
@@ -280,11 +284,12 @@ def test_a_checkpoint_has_the_state_of_the_users_own_stage_and_a_resumed_run_con
 def test_a_stage_of_the_users_own_writes_at_its_end_which_problems_it_kept_and_others_do_not(tmp_path):
     of_config, parts = config(tmp_path, CUSTOM, {"name": "b"}), Parts()
     parts.save_huggingface = lambda target: parts.events.append(f"model {target.name}")
-    parts.write_kept_problems = lambda stage: parts.events.append(f"kept {stage.name}")
+    parts.custom_stage = lambda stage: f"hooks of {stage.name}"
+    parts.write_kept = lambda stage, hooks: parts.events.append(f"kept {stage.name} by {hooks}")
     made = run_of(of_config, parts)
     for stage in of_config.stages:
         made.close_stage(stage)
-    assert parts.events == ["kept a", "model a", "model b"]
+    assert parts.events == ["kept a by hooks of a", "model a", "model b"]
 
 
 @pytest.fixture

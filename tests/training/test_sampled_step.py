@@ -9,7 +9,8 @@ from helpers.graded import stage
 from helpers.scripted_rollouts import CANARY, SECRET, Judging, Servers, drawn, rollouts, sparse
 
 from exprl_megatron.errors import RunStopped
-from exprl_megatron.training.rollouts import Rollouts, SamplePlan
+from exprl_megatron.training.graded_sampling import SamplePlan
+from exprl_megatron.training.rollouts import Rollouts
 
 
 def asked(events):
@@ -33,7 +34,7 @@ def test_an_evaluations_leaking_prompt_is_not_sent_either():
     made = rollouts(of_stage, events, prompts={4: SECRET})
     plan = SamplePlan(("evaluation", 0), of_stage.problems, range(6), 1, of_stage.sampling, ["v0"])
     with pytest.raises(RunStopped, match="problem p4 "):
-        asyncio.run(made.sample(plan, made._judging.grade(of_stage, None)))
+        asyncio.run(made.sampler.sample(plan, made._judging.grade(of_stage, None)))
     assert asked(events) == []
 
 

@@ -17,7 +17,7 @@ from exprl_megatron.training.rollouts import Rollouts
 def sampling_run(pool, events):
     """A run's part that gets a step's groups; `events` has what happened, in order."""
     rollouts = Rollouts.__new__(Rollouts)
-    rollouts._pool, rollouts.problem_texts = pool, lambda stage: {}
+    rollouts._pool, rollouts.problems = pool, SimpleNamespace(texts=lambda stage: {})
     phases = SimpleNamespace(switch_to_training=lambda: events.append("learn"))
     prefetch = SimpleNamespace(
         needs_weights=lambda *_: False,
