@@ -123,11 +123,12 @@ def test_servers_are_asked_for_their_experts_where_these_are_replayed(tiny_model
         return GradedTrace(trace, Scored(1.0))
 
     judging = SimpleNamespace(grade=lambda stage, tokenizer: grade, take_counts=dict)
-    rollouts, asked = Rollouts(config, None, None, [], judging, logger), []
+    servers = SimpleNamespace()
+    rollouts, asked = Rollouts(config, None, servers, [], judging, logger), []
     rollouts.problems.prepare()
 
     async def sample(pool, prompts, group_size, *further, on_trace, routing, **named):
-        asked.append(routing)
+        asked.append((pool, routing))
         traces = [Trace(p.problem_id, 0, p.token_ids, (5,), (-0.5,), "4", "stop", ()) for p in prompts]
         for trace in traces:
             await on_trace(trace)
@@ -135,7 +136,7 @@ def test_servers_are_asked_for_their_experts_where_these_are_replayed(tiny_model
 
     monkeypatch.setattr("exprl_megatron.training.graded_sampling.sample_groups", sample)
     asyncio.run(rollouts._steps.sample_step(config.stages[1], 1, 0, ["v0"]))
-    assert asked == [Routing(layers=2, top_k=2, experts=4) if replays else None]
+    assert asked == [(servers, Routing(layers=2, top_k=2, experts=4) if replays else None)]
 
 
 def test_learning_alone_needs_every_step_that_it_learns_from(tiny_model, tmp_path):
