@@ -1,4 +1,4 @@
-"""What code of your own may rely on (docs/extending.md); nothing else of the package is promised to plugins.
+"""The stable interface for the user's own code (docs/extending.md); all other parts of the package may change.
 
 `API_VERSION` grows by one when a name, a field or a signature here changes in a way that existing code notices; the
 changelog says how. Fields with a default may be added without that.

@@ -13,14 +13,14 @@ class UserError(Exception):
 
 
 class ServerError(Exception):
-    """A server that is dead, hangs, refuses or answers nonsense.
+    """A server has died, hangs, refuses a request or sends an invalid reply.
 
     The message names the server, what was asked of it, its log file and the last lines of that log.
     """
 
 
 class RequestRefused(ServerError):
-    """A server that is up and does not take this one request (HTTP 400, 413, 422); to ask again is of no use.
+    """A running server refuses this one request (HTTP 400, 413, 422); repeating it is pointless.
 
     `said` holds the server's own words.
     """
@@ -38,22 +38,22 @@ class Preempted(Exception):
 
 
 class WeightsDiffer(ServerError):
-    """A server that holds other weights than it was sent; the message names the tensors."""
+    """A server holds other weights than were sent to it; the message names the tensors."""
 
 
 class WeightsReplaced(ServerError):
-    """A server that serves other weights than this run sent to it; the message names both."""
+    """A server serves other weights than this run sent to it; the message names both."""
 
 
 class RunStopped(Exception):
-    """The run watched itself and stopped: a bound of the config was passed.
+    """The run stopped itself: a bound of the config was exceeded.
 
     The message names the bound, what was measured, and what to look at.
     """
 
 
 class GradientNotFinite(RunStopped):
-    """The norm of a gradient is no number or infinite; nothing was updated, and the gradient is gone."""
+    """The norm of a gradient is NaN or infinite; nothing was updated, and the gradient is deleted."""
 
 
 _STORAGE = {
@@ -74,14 +74,14 @@ _NO_FILES = ("/proc", "/sys")
 
 
 def holds_no_files(path: object) -> bool:
-    """Return whether `path` is in a directory of the kernel, which takes no files."""
+    """Return whether `path` is in a directory of the kernel, in which no files can be created."""
     found = os.path.realpath(os.fspath(path)) if isinstance(path, str | os.PathLike) else ""
     return any(found == place or found.startswith(f"{place}/") for place in _NO_FILES)
 
 
 def storage_sentence(error: BaseException, where: object = "a file") -> str | None:
-    """Return a sentence where something cannot be read or written for want of room or rights, or because
-    of what is at its path, one sentence about it; else None.
+    """Return one sentence about an error of the file system: no space, no permission, or a path that cannot be used;
+    None for any other error.
 
     `where` is named if the error itself names no file, as when a disk is full.
     """

@@ -1,1 +1,1 @@
-"""Commands of `exprl` that reach into several rooms."""
+"""Commands of `exprl` that use several packages."""

@@ -1,4 +1,4 @@
-"""What this machine has of what a run needs, and what each missing part prevents."""
+"""Checks the software and hardware that a run needs, and reports what each missing part prevents."""
 
 import ctypes
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""What a command is asked about: a run's YAML file, or a recipe by its name."""
+"""Targets of commands: a run's YAML file, or the name of a recipe."""
 
 import difflib
 import importlib

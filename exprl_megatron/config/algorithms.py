@@ -93,7 +93,7 @@ def _settings(name: str, kind: str) -> dict[str, Any]:
 
 
 def _under(settings: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
-    """Return the stage with what it leaves open taken from `settings`."""
+    """Return the stage with `settings` for what it does not set."""
     loss = stage.get("loss")
     if loss is not None and not isinstance(loss, dict):
         return settings | stage

@@ -1,4 +1,4 @@
-"""What every config class has in common: frozen, typed, and deaf to unknown keys."""
+"""The base of all config classes: frozen, typed, and without unknown keys."""
 
 from typing import Any
 

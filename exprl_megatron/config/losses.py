@@ -76,7 +76,7 @@ class LossConfig(Config):
     """PPO's clip of token ratios; GSPO's of sequence ratios; CISPO's detached clipped weight; or a function of your own
     (docs/extending.md)."""
     clip_low: float = Field(0.2, gt=0)
-    """Ratios count down to 1 - clip_low; from 1 on there is no lower bound (as CISPO has it). GSPO's paper: 3e-4."""
+    """The lower clip bound is 1 - clip_low; from 1 on there is none (as in CISPO). GSPO's paper: 3e-4."""
     clip_high: float = Field(0.28, gt=0)
     """Ratios count up to 1 + clip_high. GSPO's paper: 4e-4."""
     dual_clip: float | None = Field(3.0, gt=1)

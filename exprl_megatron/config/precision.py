@@ -1,4 +1,4 @@
-"""In which number format the policy computes."""
+"""The number format in which the policy computes."""
 
 from typing import Any, Literal, Self
 
@@ -27,7 +27,7 @@ class PrecisionConfig(Config):
     fp8_parameters: bool = False
     """Keep the linear layers' weights in 8 bits only (the optimizer holds fp32 ones)."""
     first_last_bf16: int = Field(0, ge=0)
-    """So many layers at either end stay in bf16."""
+    """Number of layers at either end that stay in bf16."""
     fp8_attention: bool = False
     """Attention's own products in 8 bits too."""
     emulate: bool = False

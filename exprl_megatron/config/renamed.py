@@ -1,4 +1,4 @@
-"""Keys and values of the config that have another name now: an old one is refused, and the error states the new one."""
+"""Renamed keys and values of the config: an old name is refused, and the error states the new one."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -9,7 +9,7 @@ from exprl_megatron.config.base import Config
 
 SCORED_BELOW_ROOM = 7
 """A scored sequence must have at least this many tokens fewer than the server has positions, and than its KV cache has
-slots: SGLang keeps room for an answer even where none is wanted (max_req_input_len in sglang/srt/managers)."""
+slots: SGLang reserves slots for an answer even where none is requested (max_req_input_len in sglang/srt/managers)."""
 
 RETURN_ROUTED_EXPERTS = "--enable-return-routed-experts"
 """SGLang's argument for a server that returns the experts that it chooses, to requests that ask for them."""

@@ -1,4 +1,4 @@
-"""Where a run's metrics go beside `metrics.jsonl`."""
+"""Where a run's metrics go besides `metrics.jsonl`."""
 
 from typing import Literal
 
@@ -17,4 +17,4 @@ class TrackingConfig(Config):
     name: str | None = None
     """The run's name there; None: that of its directory."""
     sample_traces: NonNegativeInt = 8
-    """So many traces of each step, with their problem and scores and without references, as a table."""
+    """Number of traces of each step in a table, with their problem and scores and without references."""

@@ -196,7 +196,7 @@ def _write_index(path: Path, files: dict[str, Described], total: int) -> None:
 def _write_config(
     weights: Weights, directory: Path, form: Format, quantized: dict, table: list[StoredParameter]
 ) -> None:
-    """`quantized`: the config of quantization where the form is FP8."""
+    """Write config.json and the tokenizer; `quantized` is the config of quantization where the form is FP8."""
     dtype = form if isinstance(form, torch.dtype) else weights.dtype(table[0])
     changes = {"quantization_config": quantized} if form == "fp8" else {}
     write_config(weights.origin, directory, str(dtype).removeprefix("torch."), **changes)

@@ -120,7 +120,7 @@ def _described(tensor: torch.Tensor) -> dict:
 
 def _quantized(directory: Path) -> dict[str, Path]:
     """Return the files of a block-quantized model's tensors; empty where it is none."""
-    # Beside Megatron's files are tensors that are left out, in a file of their own.
+    # Tensors that are left out are next to Megatron's files, in a file of their own.
     if (directory / MEGATRON).is_dir() or not any(directory.glob("*.safetensors")):
         return {}
     found = headers(weight_files(directory))

@@ -95,7 +95,7 @@ class HuggingFaceWeights:
             return file.get_slice(piece.tensor)[piece.expert, piece.begin : piece.end]
 
     def _check_tied(self) -> None:
-        """Refuse a second, different output layer beside a tied embedding, which would be lost silently."""
+        """Refuse an output layer that differs from the tied embedding: it would be lost silently."""
         name = embedding(self.architecture)
         if self.architecture.tied and HEAD in self._headers and not torch.equal(self._read(HEAD), self._read(name)):
             raise UserError(

@@ -1,1 +1,1 @@
-"""Reads what a run has left, or is leaving, and shows it."""
+"""Reads and shows what a run has written, also while it runs."""

@@ -1,4 +1,4 @@
-"""This machine's CPU as the planner's hardware, measured on the spot."""
+"""This machine's CPU as a device of the planner, with measured rates."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A finished run's seconds and tokens beside what the planner says of its config and its lengths."""
+"""Compares a run's measured seconds and tokens with the planner's prediction for its config and lengths."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -120,7 +120,7 @@ def observed_workload(config: RunConfig, stage: Stage, steps: list[dict], direct
 
 
 def _prompt_lengths(directory, stage: str) -> list[int]:
-    """Return the prompt lengths of the last step that the journal holds."""
+    """Return the prompt lengths of the last step in the rollout log."""
     from exprl_megatron.runs.journal import Journal
 
     journal = Journal(directory.journal)

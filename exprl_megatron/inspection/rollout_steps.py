@@ -45,7 +45,7 @@ class InspectedGroup:
 def logged_steps(
     directory: RunDirectory, config: RunConfig, stage: str | None, step: int | None, every: bool
 ) -> list[tuple[str, int]]:
-    """Return the (stage, step) pairs that are meant: of one stage or of all, one step, `every` one, or else the latest.
+    """Return the selected (stage, step) pairs, of one stage or of all: one step, `every` step, or else the latest one.
 
     Raises:
         UserError: there is none in the rollout log.

@@ -1,4 +1,4 @@
-"""Which groups and traces are shown, and in which order."""
+"""Selects the groups and traces that are shown, and sorts them."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

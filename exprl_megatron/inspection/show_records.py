@@ -1,4 +1,4 @@
-"""Groups of the rollout log in JSON's terms."""
+"""Groups of the rollout log as JSON types."""
 
 from dataclasses import asdict
 

@@ -1,4 +1,4 @@
-"""What `exprl show --sort` takes."""
+"""The values of `exprl show --sort`."""
 
 from enum import StrEnum
 

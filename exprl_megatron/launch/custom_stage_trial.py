@@ -131,4 +131,4 @@ class _TrialSampler:
 
 
 def _silent(text: str) -> None:
-    """Trials report their failures as errors."""
+    """Print nothing: trials report their failures as errors."""

@@ -1,4 +1,4 @@
-"""The products of a model: which matrices a rank multiplies for a micro-batch, and how many operations that is."""
+"""FLOPs of a model: the matrix products of a rank for a micro-batch, and their operations."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -138,8 +138,8 @@ def _forward_flops(architecture: Architecture) -> Callable[[float], float]:
 
 
 def linear_parameters(architecture: Architecture, layers: Iterable[int] | None = None) -> tuple[float, float]:
-    """Return the parameters of the matrices of `layers` (None: of all layers): (what every rank of a replica shares
-    out, the experts).
+    """Return the parameters of the matrices of `layers` (None: of all layers): (those that the ranks of a replica
+    share, those of experts).
     """
     found = [0.0, 0.0]
     for kind, count in architecture.kinds(layers).items():

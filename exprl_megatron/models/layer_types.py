@@ -1,4 +1,4 @@
-"""What the attention of a layer is, in the words of config.json's `layer_types`."""
+"""The kinds of attention of a layer, as in config.json's `layer_types`."""
 
 FULL = "full_attention"
 """A token sees all before it."""

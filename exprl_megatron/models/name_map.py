@@ -28,7 +28,9 @@ ROUTER_BIAS = ".mlp.gate.e_score_correction_bias"
 """End of the name of the bias that a sigmoid router adds for the choice: fp32, whatever the rest of the model is in."""
 _SHARED_GATE = "mlp.shared_expert_gate.weight"
 _BUFFERS = ("mlp.router.expert_bias",)
-"""Ends of Megatron's names for what is no parameter: without gradient and optimizer state, fp32 in every precision."""
+"""Suffixes of Megatron's names of tensors that are not parameters: without gradient and optimizer state, fp32 in every
+precision.
+"""
 
 
 def embedding(architecture: Architecture) -> str:

@@ -1,4 +1,4 @@
-"""Which supported architecture an unknown one is most like: what its config.json asks for, then its name."""
+"""Finds the supported architecture nearest to an unknown one, by the features in its config.json and by its name."""
 
 from collections.abc import Callable
 from difflib import SequenceMatcher

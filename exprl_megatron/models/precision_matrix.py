@@ -1,4 +1,4 @@
-"""Which precision goes with which GPU, layout and optimizer; what does not is known before a process starts.
+"""Which precision is supported on which GPU, layout and optimizer; checked before a process starts.
 
 docs/precision.md says of each refusal where it comes from. Needs neither torch nor Megatron.
 """
@@ -36,12 +36,12 @@ class Setting:
 
     @property
     def precision(self) -> PrecisionConfig:
-        """The one that is asked about."""
+        """The precision in question."""
         return self.policy.precision
 
 
 def precision_violations(setting: Setting) -> list[str]:
-    """Return one sentence for everything that `setting` asks of a precision and cannot have."""
+    """Return one sentence for each reason for which `setting` does not support its precision."""
     precision = setting.precision
     if not precision.fp8:
         return [*_without_fp8(precision), *_fp32_on_cuda(setting), *_two_dtypes(setting)]

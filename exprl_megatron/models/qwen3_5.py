@@ -1,4 +1,4 @@
-"""Qwen3.5 and 3.6: what their config.json says beside what all families' do, as transformers 5 reads it."""
+"""Qwen3.5 and 3.6: the settings of their config.json that other families do not have, as transformers 5 reads them."""
 
 from typing import Any
 

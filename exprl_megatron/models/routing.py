@@ -1,4 +1,4 @@
-"""Which experts a mixture sends its tokens to: the shape of that choice, and the numbers that hold it."""
+"""The experts that a mixture's routers choose for each token: shape and dtype of this choice (router replay)."""
 
 from dataclasses import dataclass
 from itertools import chain
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _NARROW = 256
-"""So many experts have ids of one byte."""
+"""Largest number of experts whose ids have one byte."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How a Megatron parameter is made of Hugging Face tensors: merged on each rank, taken apart, and joined again."""
+"""How a Megatron parameter is made of Hugging Face tensors: merged on each rank, split, and joined again."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class GateUp(Rule):
 
 @dataclass(frozen=True)
 class QueryKeyValue(Rule):
-    """Query, key and value, cut by rows; in Megatron each KV group's queries, key and value lie together."""
+    """Query, key and value, cut by rows; in Megatron each KV group's queries, key and value are contiguous."""
 
     split_dim: int = 0
     heads_per_group: int = 1
@@ -101,7 +101,7 @@ class QueryKeyValue(Rule):
 
 @dataclass(frozen=True)
 class GatedQueryKeyValue(QueryKeyValue):
-    """As QueryKeyValue where attention's output has a gate: a head's query and gate lie together in the first tensor.
+    """As QueryKeyValue where attention's output has a gate: a head's query and gate are contiguous in the first tensor.
 
     In Megatron each KV group has its queries, then their gates, then key and value (SelfAttention,
     get_query_key_value_tensors with output_gate).
@@ -124,7 +124,7 @@ class GatedQueryKeyValue(QueryKeyValue):
 
 @dataclass(frozen=True)
 class Stacked(Rule):
-    """Tensors one above the other, and sections within them: each section is cut by rows on its own.
+    """Tensors stacked along their rows, and sections within them: each section is cut by rows on its own.
 
     `rows` has, for every tensor, the rows of its sections in the whole model.
     """
@@ -164,9 +164,11 @@ Row = tuple[str, tuple[str, ...], Rule, int | None]
 
 
 def spans(rule: Rule, tensor: int, size: int, rank: int, ranks: int) -> list[tuple[int, int]]:
-    """Begin and end of what shard `rank` of `ranks` has of the rule's Hugging Face tensor of `size` along split_dim.
+    """Return (begin, end) of what shard `rank` of `ranks` has of the rule's Hugging Face tensor of `size` along
+    split_dim.
 
-    In the order of the shard's part. Where `ranks` does not divide a size (the vocabulary), the last spans are short.
+    The spans are in the order of the shard's part. Where `ranks` does not divide a size (the vocabulary), the last
+    spans are short.
     """
     sections = rule.sections(tensor)
     unit, found, begin = size // sum(sections), [], 0

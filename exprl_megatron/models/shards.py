@@ -74,7 +74,7 @@ def shard_shape(parameter: Parameter, shapes: dict[str, Shape], layout: Layout) 
 
 
 def is_contiguous_shard(parameter: Parameter, shapes: dict[str, Shape], layout: Layout, index: int) -> bool:
-    """Return whether the `index`-th shard is one piece of its only Hugging Face tensor: it needs no place beside it."""
+    """Return whether the `index`-th shard is one piece of its only Hugging Face tensor: it needs no second buffer."""
     dim = parameter.rule.split_dim
     if len(parameter.hf_names) > 1 or dim not in (None, 0) or len(parameter.rule.sections(0)) > 1:
         return False

@@ -1,4 +1,4 @@
-"""What a config.json asks for beside its rotary positions that this policy would not compute as transformers does."""
+"""Settings of a config.json, other than rotary ones, that this policy would not compute as transformers does."""
 
 from exprl_megatron.models import qwen3_5
 from exprl_megatron.models.olmo3 import unsupported_of_olmo3

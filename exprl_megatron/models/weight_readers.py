@@ -104,7 +104,7 @@ class Safetensors:
 
 
 def is_left_out(name: str, architecture: Architecture) -> bool:
-    """Return whether the tensor `name` belongs to what a policy of this architecture is without."""
+    """Return whether the tensor `name` is one of those that a policy of this architecture does not have."""
     return name.startswith(architecture.left_out) if architecture.left_out else False
 
 
@@ -209,7 +209,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def open_safetensors(path: Path):
-    """Return the the open file, a context manager.
+    """Return the open file, a context manager.
 
     Raises:
         UserError: it is truncated or damaged.

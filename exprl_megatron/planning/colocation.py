@@ -1,4 +1,4 @@
-"""Memory where trainer and sampling servers are colocated: what the side that sleeps still holds of a GPU."""
+"""Memory where trainer and sampling servers are colocated: what the sleeping side still holds on a GPU."""
 
 from dataclasses import replace
 

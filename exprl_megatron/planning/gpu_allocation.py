@@ -82,6 +82,6 @@ def _served(config: RunConfig, sampling: int, judging: int) -> Iterator[RunConfi
 
 
 def _servers(server: ServerConfig, gpus: int, apart: int = 0) -> list[ServerConfig]:
-    """Return the servers of every size on `gpus`, leaving room for so many more of their kind."""
+    """Return the servers of every size on `gpus`, leaving GPUs for `apart` more of their kind."""
     sizes = [tp for tp in (1, 2, 4, 8) if gpus % tp == 0 and gpus // tp > apart]
     return [server.model_copy(update={"count": gpus // tp - apart, "tp": tp}) for tp in sizes]

@@ -1,4 +1,4 @@
-"""How long one GPU computes: matrix products, attention, and passes over memory.
+"""Seconds of one GPU's work: matrix products, attention, and passes over memory.
 
 Two kinds of figures: shares of a datasheet peak (`KernelEfficiency`), three of them calibrated (docs/time_model.md),
 and counts of bytes.

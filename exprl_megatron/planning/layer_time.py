@@ -213,7 +213,7 @@ def _tensor_parallel(rank: RankWorkload, gathers: int, compute_s: float) -> floa
 
 
 def _context_parallel(rank: RankWorkload, attention: float, times: int) -> float:
-    """Return the seconds in which keys and values pass round the ring beside attention; their gradients do so
+    """Return the seconds in which keys and values pass round the ring during attention; their gradients do so
     backward.
     """
     architecture, layout = rank.architecture, rank.layout

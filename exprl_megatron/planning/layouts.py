@@ -1,4 +1,4 @@
-"""Every layout of so many GPUs that can hold a model, pruned by memory, ranked by the seconds of learning."""
+"""The layouts of a number of GPUs that can hold a model, pruned by memory and ranked by training time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

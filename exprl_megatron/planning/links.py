@@ -1,4 +1,4 @@
-"""How long transfers between GPUs take: rings over a group of ranks, and the exchange of tokens between experts."""
+"""Seconds of transfers between GPUs: rings over a group of ranks, and the exchange of tokens between experts."""
 
 from exprl_megatron.planning.hardware import Gpu
 
@@ -9,8 +9,9 @@ NIC_EFFICIENCY = 0.9
 TP_HIDDEN_SHARE = 0.42
 """Calibrated: the share of a tensor-parallel transfer that overlap saves, less what cutting products up costs."""
 MAX_HIDDEN_SHARE = 0.8
-"""Largest share of a transfer that disappears behind computation: the first and last pieces have nothing beside them,
-and transfers take multiprocessors away from it."""
+"""Largest share of a transfer that disappears behind computation: the first and last pieces have no computation to hide
+behind, and transfers take multiprocessors away from it.
+"""
 
 
 def ring_bandwidth(gpu: Gpu, size: int, stride: int) -> float:

@@ -40,7 +40,7 @@ class Memory:
 
     weights: float = 0
     fp8_copies: float = 0
-    """Quantized weights that Transformer Engine keeps beside BF16 ones, as rows and as columns."""
+    """Quantized weights that Transformer Engine keeps in addition to BF16 ones, as rows and as columns."""
     gradients: float = 0
     optimizer: float = 0
     activations: float = 0
@@ -106,8 +106,8 @@ def training_memory(
     micro_batches: int,
     gpu: Gpu | None = None,
 ) -> Memory:
-    """Return the peak of the training phase on a rank of stage `pp_rank` with so many micro-batches for each of its
-    ranks.
+    """Return the peak of the training phase on a rank of stage `pp_rank` with `micro_batches` micro-batches for each of
+    its ranks.
     """
     rest = resident_memory(architecture, policy, optimizer, pp_rank, gpu)
     last = pp_rank == policy.layout.pp - 1
@@ -122,7 +122,7 @@ def training_memory(
 def log_prob_memory(
     architecture: Architecture, policy: PolicyConfig, optimizer: OptimizerConfig, pp_rank: int, gpu: Gpu | None = None
 ) -> Memory:
-    """Return the peak of a forward pass without gradients, optimizer and gradient buffers staying where they are."""
+    """Return the peak of a forward pass without gradients; optimizer and gradient buffers stay in memory."""
     rest = resident_memory(architecture, policy, optimizer, pp_rank, gpu)
     last = pp_rank == policy.layout.pp - 1
     return _with_more(
@@ -157,9 +157,12 @@ def host_memory(
     keeps_ref_policy: bool,
     colocated: bool = False,
 ) -> HostBytes:
-    """Return what a trainer's rank keeps in host memory: the stage's starting weights, and the current ones while the
-    start is scored; the offloaded share of the optimizer; what is away while colocated servers sample, of which the
-    weights wait where they do while the start is scored."""
+    """Return what a trainer's rank keeps in host memory.
+
+    That is the reference policy's weights, and the current ones while it is scored; the offloaded share of the
+    optimizer; and what is offloaded while colocated servers sample. Weights are offloaded to the same place in both
+    cases.
+    """
     counts = rank_counts(architecture, policy.layout, pp_rank)
     kept = keeps_ref_policy and policy.ref_policy == "host"
     weights, state = value_bytes(policy.precision) * counts.total, optimizer_bytes(counts, policy, optimizer)

@@ -29,7 +29,7 @@ class Phase:
     speed: Speed | None = None
     """None where nothing is computed."""
     busy_s: float | None = None
-    """For which the devices work, where that is more than `seconds` because other phases run beside it."""
+    """For which the devices work, where that is more than `seconds` because other phases run at the same time."""
 
 
 def speed_of(tokens: float, flops: float, seconds: float, gpus: int, peak: tuple[str, float]) -> Speed:

@@ -96,7 +96,7 @@ def serving_phases(
 def ref_server_phase(
     config: RunConfig, architecture: Architecture, workload: Workload, gpu: Gpu, seconds: float, faults: list[str]
 ) -> list[Phase]:
-    """Return the phase of the reference server, which scores the step's traces under the starting weights."""
+    """Return the phase of the reference policy's server, which scores the step's traces."""
     try:
         memory = server_memory(architecture, config.server, gpu)
     except UserError as error:

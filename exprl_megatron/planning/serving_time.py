@@ -112,8 +112,8 @@ def serving_time(
     read_tokens: float,
     answers: LengthDistribution,
 ) -> ServingTime:
-    """Return the seconds to answer `requests` prompts of `prompt_tokens`, of all of which only `read_tokens` must be
-    read (the rest is cached).
+    """Return the seconds to answer `requests` prompts of `prompt_tokens`; `read_tokens` of all their tokens must be
+    read, the rest is cached.
 
     Raises:
         UserError: the weights do not leave room for one request.
@@ -151,7 +151,7 @@ def prefill_seconds(architecture: Architecture, servers: ServerHardware, tokens:
 
 
 def iteration_seconds(architecture: Architecture, servers: ServerHardware, batch: float, context: float) -> float:
-    """Return the seconds in which one server adds a token to each of `batch` answers that stand at `context` tokens."""
+    """Return the seconds in which one server adds a token to each of `batch` answers that have `context` tokens."""
     gpu, layers = servers.gpu, architecture.layers
     bandwidth = gpu.hbm_bytes_per_s * EFFICIENCY.traffic * servers.tp
     dense, experts = linear_parameters(architecture)

@@ -1,4 +1,4 @@
-"""What a sync by `broadcast` or `handles` would send at any size, over which links, and how long.
+"""Plans a sync by `broadcast` or `handles` at any size: its messages, the links that they use, and its seconds.
 
 It is computed from the sync's messages, without weights.
 Ranks fill nodes in their order. Within a round every link works at the same time, each at the share of its rate that
@@ -39,7 +39,7 @@ class SyncPlan:
     sent: dict[int, int]
     """Bytes that each trainer rank sends, those with none left out."""
     received: dict[int, int]
-    """The same received: as the one who fills messages."""
+    """The same for receiving ranks: as the rank that fills messages."""
     over_network: dict[str, int]
     """Bytes through the network card of each trainer rank or server node that uses one, in and out counted apart."""
     held: dict[int, int]

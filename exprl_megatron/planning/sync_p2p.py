@@ -1,4 +1,4 @@
-"""What a sync by `direct` would send at any size, over which links, and how long: computed from its transfers.
+"""Plans a sync by `direct` at any size from its transfers: their bytes, the links that they use, and its seconds.
 
 Every rank of trainer and servers has a network card; all links work at once, each at the share of its rate that NCCL
 reaches.
@@ -99,7 +99,7 @@ def _seconds(volumes: Volumes, gpu: Gpu) -> float:
 
 
 def _beside(sent: RankTransfers, held: ShardTable) -> int:
-    """Return the most numbers of the two rounds that a sender may have to gather beside its shard."""
+    """Return the most elements of two rounds that a sender copies: those of messages that are not contiguous."""
     if not len(sent.messages):
         return 0
     parts, counts = sent.messages["parts"], sent.counts()

@@ -45,7 +45,7 @@ class _SyncRequest:
 
 
 def sync_seconds(config: RunConfig, architecture: Architecture, gpu: Gpu) -> float:
-    """Return the seconds of one sync by the run's transport; one that goes by files is taken for a broadcast."""
+    """Return the seconds of one sync by the run's transport; a transport through files is planned as a broadcast."""
     return _seconds(_asked(config, architecture, gpu, choose_transport(config).kind))
 
 

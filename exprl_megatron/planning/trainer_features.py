@@ -8,11 +8,11 @@ class TrainerFeatures:
     """Features of a training program. The defaults are this trainer's; others serve the planner's validation."""
 
     tp_overlap: bool = False
-    """Tensor-parallel transfers run beside the products (Transformer Engine's user buffers)."""
+    """Tensor-parallel transfers overlap with the products (Transformer Engine's user buffers)."""
     dp_overlap: bool = True
-    """Gradients are reduced and parameters gathered beside the backward and forward pass."""
+    """Reduction of gradients and gathering of parameters overlap with the backward and forward pass."""
     ep_overlap: bool = False
-    """The exchange of tokens between experts runs beside another micro-batch's computation."""
+    """The exchange of tokens between experts overlaps with another micro-batch's computation."""
     once_per_node: bool = False
     """A token is sent to a node once for all of its experts there (DeepEP, HybridEP)."""
     fsdp: bool = False

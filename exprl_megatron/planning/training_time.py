@@ -237,7 +237,7 @@ def _pipeline(rank: RankWorkload, forward: float, backward: float, batches: int)
     """Return the seconds of the bubble of the (interleaved) one-forward-one-backward schedule, (pp - 1) / vpp
     micro-batches, and the sends.
 
-    Narayanan et al. 2021 (arXiv 2104.04473), section 2.2. Interleaved sends run beside computation.
+    Narayanan et al. 2021 (arXiv 2104.04473), section 2.2. Interleaved sends overlap with computation.
     """
     layout = rank.layout
     if layout.pp == 1:
@@ -251,7 +251,7 @@ def _pipeline(rank: RankWorkload, forward: float, backward: float, batches: int)
 
 
 def _parameters(rank: RankWorkload, layers: list[int]) -> tuple[float, float]:
-    """Return the parameters on this rank: (shared out over dp x cp, shared out over the experts' data parallelism)."""
+    """Return the parameters on this rank: (sharded over dp x cp, sharded over the experts' data parallelism)."""
     layout, architecture = rank.layout, rank.architecture
     dense, experts = linear_parameters(architecture, layers)
     vocabulary = architecture.vocabulary * architecture.hidden * (1 if layout.pp > 1 or architecture.tied else 2)

@@ -1,4 +1,4 @@
-"""Calls of a plugin: which arguments it takes, and what becomes of its errors and results."""
+"""Calls plugins, and checks their arguments, errors and results."""
 
 import asyncio
 import inspect
@@ -77,12 +77,12 @@ class Plugin:
         return await in_plugin_loop(lambda: found) if inspect.isawaitable(found) else found
 
     def failure(self, what: str) -> PluginError:
-        """An error that says `what` of the function, and where it is defined."""
+        """Return an error that states `what` of the function, and where it is defined."""
         return PluginError(f"{self.key}: {self.path} ({place_of_function(self.function)}) {what}.")
 
 
 def described(value: Any) -> str:
-    """What a plugin returned, for an error: the shape of a tensor, else the type."""
+    """Describe what a plugin returned, for an error: the shape of a tensor, else the type."""
     shape = getattr(value, "shape", None)
     name = type(value).__name__
     return f"a {name}" if shape is None else f"a {name} of the shape {tuple(shape)}"

@@ -1,4 +1,4 @@
-"""What is said of a plugin that fails: one sentence with the user's file and line."""
+"""Error messages about a failing plugin: one sentence with the user's file and line."""
 
 import functools
 import inspect
@@ -21,7 +21,7 @@ class PluginError(UserError):
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether `error`, which code of the user raised in this thread, is a failure of that code.
+    """Return whether `error`, which code of the user raised in this thread, is a failure of that code.
 
     Ctrl-C is none. Exceptions that do not derive from Exception are failures too: asyncio.CancelledError, SystemExit,
     the panics of extensions that are written in Rust.
@@ -30,7 +30,7 @@ def is_failure(error: BaseException) -> bool:
 
 
 def place_of_error(error: BaseException, function: object = None) -> str:
-    """`FILE, line N, in NAME: Type: message` of the innermost frame in the user's own code."""
+    """Return `FILE, line N, in NAME: Type: message` of the innermost frame in the user's own code."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith((_PACKAGE, "<"))]
     users = [frame for frame in own if not frame.filename.startswith(_LIBRARIES)]
@@ -43,7 +43,7 @@ def place_of_error(error: BaseException, function: object = None) -> str:
 
 
 def _words(error: BaseException) -> str:
-    """The message of an exception in one line that can be encoded; of one that cannot say it, nothing."""
+    """Return the message of an exception in one line that can be encoded; empty where it cannot be formatted."""
     try:
         words = " ".join(str(error).split()).encode(errors="backslashreplace").decode()
     except Exception:
@@ -52,7 +52,7 @@ def _words(error: BaseException) -> str:
 
 
 def place_of_function(function: object) -> str:
-    """`FILE, line N` of the definition of a function, a class, or of the class of an instance."""
+    """Return `FILE, line N` of the definition of a function, a class, or of the class of an instance."""
     while isinstance(function, functools.partial):
         function = function.func
     if callable(function):

@@ -1,7 +1,7 @@
 """The files of a checkpoint, and the checksums by which a damaged one is known before anything of it is read.
 
 `state.json` holds the checksum (XXH3, 128 bits) of every other file, and one of itself. They find what storage and
-interrupted copies do to bytes; they are no signature, and do not tell who wrote a checkpoint.
+interrupted copies do to bytes; they are not signatures, and do not authenticate a checkpoint.
 """
 
 import json
@@ -25,7 +25,7 @@ _WRITER = re.compile(r"__(\d+)_\d+\.distcp")
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint that cannot be trusted; the message says which of its files is what."""
+    """A checkpoint is damaged; the message names its damaged files."""
 
 
 def checkpoints(root: str | Path) -> list[Path]:
@@ -94,7 +94,7 @@ def faults(directory: Path, recorded: dict[str, str], rank: int, ranks: int) -> 
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, so that it neither counts nor is deleted for a newer one; where it is then."""
+    """Rename a damaged checkpoint, so that it neither counts nor is deleted for a newer one; returns its new path."""
     aside = checkpoint.with_name(checkpoint.name + DAMAGED)
     attempt = 1
     while aside.exists():

@@ -300,7 +300,7 @@ def install() -> bool:
     for missing in ("Transformer Engine and Apex are not", "Apex is not"):
         # Said by half a dozen modules at import; on a CPU neither has a use.
         warnings.filterwarnings("ignore", message=f"{missing} installed")
-    # A CUDA toolkit without a GPU is no news to somebody who runs without one.
+    # A warning about a CUDA toolkit without a GPU does not help a user who runs without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # Tied embeddings and checkpoints move tensors with .cuda(), which raises without a driver.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self

@@ -25,7 +25,7 @@ class Rounding(Protocol):
     def __call__(self, operand: torch.Tensor, role: Role, training: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return `operand` [rows, columns] rounded for a product that sums over its columns, and for one over its rows.
 
-        The second is None unless `training`: only the backward pass wants it.
+        The second is None unless `training`: only the backward pass needs it.
         """
 
 

@@ -1,4 +1,4 @@
-"""From the shards of all ranks to full tensors under their Hugging Face names, a bucket at a time."""
+"""Gathers the shards of all ranks into full tensors under their Hugging Face names, a bucket at a time."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,7 +16,7 @@ from exprl_megatron.policy.world import World
 
 
 class Gatherer:
-    """Joins parameters of this rank's unwrapped model chunks with the other ranks' shards, on a rank of choice."""
+    """Joins parameters of this rank's unwrapped model chunks with the other ranks' shards, on a given rank."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], architecture: Architecture, world: World):
         self._local = [dict(named_weights(chunk)) for chunk in chunks]

@@ -1,7 +1,7 @@
-"""The group in which all trainer ranks exchange objects: gloo between the hosts, never what tensors go through.
+"""The gloo group in which all trainer ranks exchange objects; tensors never go through it.
 
 Over NCCL every object would be copied to the device and back, and a rank that waits for one would keep a kernel
-spinning there, beside a server that works on the same device.
+spinning on a device on which a server works.
 """
 
 from datetime import timedelta

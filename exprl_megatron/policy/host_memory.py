@@ -1,4 +1,4 @@
-"""Host memory for what leaves a device and comes back, allocated once and used again every time."""
+"""Host memory for tensors that are offloaded and restored, allocated once and reused."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Model directories in Hugging Face form: into any layout, and out of any layout."""
+"""Loads and saves model directories in Hugging Face form, in any layout."""
 
 import json
 import shutil
@@ -139,7 +139,7 @@ def _fill(
 
 
 def _check_tied(source: Safetensors, directory: str | Path, architecture: Architecture, world: World) -> None:
-    """Refuse a second, different output layer beside a tied embedding, which would be lost silently."""
+    """Refuse an output layer that differs from the tied embedding: it would be lost silently."""
     if not source.has(HEAD):
         return
     tied = embedding(architecture)

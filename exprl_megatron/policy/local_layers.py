@@ -1,4 +1,4 @@
-"""Two pieces of a decoder layer as a machine without CUDA computes them quickest; what they compute is Megatron's."""
+"""Rotary table and SwiGLU of a decoder layer, fast without CUDA; their results are Megatron's."""
 
 from collections.abc import Iterator
 

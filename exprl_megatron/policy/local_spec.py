@@ -30,7 +30,7 @@ from exprl_megatron.policy.post_norm import Modules, PostNorm, ScaledWhereStretc
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """Root-mean-square norm that, other than Megatron's torch norm, may stand under sequence parallelism."""
+    """Root-mean-square norm that, unlike Megatron's torch norm, supports sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)

@@ -19,10 +19,10 @@ MEGATRON = "megatron"
 """Subdirectory of Megatron's files in a converted model directory, next to config.json and tokenizer."""
 
 _OTHERS = re.compile(r"(optimizer|start)\..*|(random|common_state)/.*|.*\._extra_state/.*")
-"""What a run's checkpoint holds beside the current weights."""
+"""What a run's checkpoint holds besides the current weights."""
 
 COMMON = "common_state/shard_0_1"
-"""Where Megatron looks for what is no tensor; a converted model has nothing there."""
+"""The file in which Megatron looks for objects that are not tensors; a converted model has none."""
 
 Pieces = dict[tuple[int, ...], list[ChunkStorageMetadata]]
 """The written pieces of a tensor by the layer (and expert) that they belong to."""

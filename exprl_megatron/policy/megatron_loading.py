@@ -1,4 +1,4 @@
-"""A converted directory's weights into a model of any layout."""
+"""Loads a converted directory's weights into a model of any layout."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ def load_files(chunks: Sequence[torch.nn.Module], files: Path) -> None:
 
     A collective, through Megatron's own loading.
     """
-    # Extra states (FP8 scales of a run) are no part of a model.
+    # Extra states (FP8 scales of a run) are not part of a model.
     weights = {
         f"model{index}": {
             name: shard

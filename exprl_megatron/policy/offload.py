@@ -1,7 +1,7 @@
 """The policy's memory on its device, and how it makes room for servers on the same device.
 
 Weights and the optimizer's state go to host memory and come back to the same tensors, so that views of them (the
-optimizer's of fp32 parameters) stay views; gradients are nothing between updates, so that their memory is given up, and
+optimizer's of fp32 parameters) stay views; gradients are zero between updates, so that their memory is released, and
 so are Transformer Engine's quantized copies of weights, which its modules make again when they are next used.
 """
 
@@ -90,7 +90,7 @@ class Offload:
 
 
 def _drop_quantized_copies(chunks: Iterable[torch.nn.Module]) -> None:
-    """Drop the weights that Transformer Engine's modules keep as quantized for a first micro-batch, beside BF16
+    """Drop the weights that Transformer Engine's modules keep quantized after a first micro-batch, in addition to BF16
     ones.
     """
     for chunk in chunks:

@@ -63,7 +63,7 @@ def _offload(config: OptimizerConfig) -> dict:
         "optimizer_cpu_offload": True,
         "optimizer_offload_fraction": config.offload,
         "overlap_cpu_optimizer_d2h_h2d": True,
-        # The hybrid optimizer keeps fp32 weights of its own; Megatron then makes none beside them.
+        # The hybrid optimizer keeps fp32 weights of its own; Megatron then makes no further ones.
         "use_precision_aware_optimizer": True,
     }
 

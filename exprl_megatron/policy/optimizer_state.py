@@ -1,7 +1,7 @@
 """An optimizer's state in a checkpoint, whether the layout spreads experts over ranks or not.
 
 Where it does (ep above 1), Megatron gives the experts an optimizer of their own, chained behind that of everything
-else, and a checkpoint has two parts instead of one. Tensors are found by their names in either. What is no tensor
+else, and a checkpoint has two parts instead of one. Tensors are found by their names in either. What is not a tensor
 (parameter groups with rates, the step) is stored by part, and is the same in both but for a flag.
 """
 
@@ -20,7 +20,7 @@ def parts(state: dict) -> list[dict]:
 def repartitioned(described: dict, saved: dict) -> dict:
     """Return the non-tensor state of a checkpoint in the parts of another optimizer, `described`.
 
-    `described` is an optimizer's sharded state dict, `saved` what is no tensor in a checkpoint's.
+    `described` is an optimizer's sharded state dict, `saved` what is not a tensor in a checkpoint's.
     """
     dense = parts(saved)[0]
     made = [_for_part(part, dense) for part in parts(described)]

@@ -1,8 +1,8 @@
-"""Communication beside computation: gradients are reduced while the backward pass still runs, weights gathered
+"""Overlap of communication and computation: gradients are reduced while the backward pass still runs, weights gathered
 while the forward pass already does.
 
 Megatron's hooks begin a reduction when the last micro-batch's gradient of a bucket is there, and wait for a
-bucket's weights when a module is about to read them. Who reads weights in another way must ask for them first.
+bucket's weights when a module is about to read them. Code that reads weights in another way must gather them first.
 """
 
 from collections.abc import Iterator, Sequence

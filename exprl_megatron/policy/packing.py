@@ -1,4 +1,4 @@
-"""Which sequences go to which data-parallel rank, there into which micro-batch, and how they lie in it."""
+"""Assigns sequences to data-parallel ranks and micro-batches, and lays them out within a micro-batch."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from heapq import heapify, heappop, heappush, heapreplace
 from exprl_megatron.config.policy import PolicyConfig
 
 MicroBatchPlan = list[list[list[int]]]
-"""Indices of sequences as [data-parallel rank][micro-batch][row]; an empty micro-batch is filler."""
+"""Indices of sequences as [data-parallel rank][micro-batch][row]; an empty micro-batch is a dummy."""
 
 _COUNT_RESOLUTION = 512
 """The number of micro-batches is searched to one part in this many, so that the search does not grow with it."""
@@ -17,7 +17,7 @@ _COUNT_RESOLUTION = 512
 
 @dataclass(frozen=True)
 class PackingShape:
-    """How the sequences of a micro-batch lie before the model.
+    """How the sequences of a micro-batch are laid out for the model.
 
     Packed, they are concatenated to one row, each padded to a multiple of `sequence`, and the row (behind
     its last sequence) to a multiple of `row`. Else each has a row, padded to the longest and to a multiple of `row`.
@@ -40,12 +40,12 @@ class PackingShape:
 
 
 def shape_of(config: PolicyConfig, cuda: bool, packed: bool | None = None) -> PackingShape:
-    """Return the config's shape (or what it were with that `packed`), and all that asks for round lengths:
+    """Return the shape of a config's micro-batches; `packed` replaces `policy.packing`. Lengths are rounded up since:
 
     * Context parallelism cuts each sequence into 2 x cp chunks.
     * Sequence parallelism cuts a rank's part of a row over tp ranks.
-    * FP8 products want 128 tokens at a time (blocks of 128 x 128, and of each sequence-parallel rank's part).
-    * CUDA kernels like a rank's part to be a multiple of 64.
+    * FP8 products need a multiple of 128 tokens (blocks of 128 x 128, and of each sequence-parallel rank's part).
+    * CUDA kernels are faster where a rank's part is a multiple of 64.
     """
     layout = config.layout
     sequence = 2 * layout.cp if layout.cp > 1 else 1
@@ -82,8 +82,8 @@ def plan_micro_batches(
 
 
 def padding_share(lengths: Sequence[int], plan: MicroBatchPlan, shape: PackingShape) -> float:
-    """Return the share of the tokens that the model computes under `plan` that are padding; a filler is one token and
-    padding.
+    """Return the share of the tokens that the model computes under `plan` that are padding; a dummy micro-batch has one
+    token and padding.
     """
     rows = [[lengths[index] for index in rows] or [1] for micros in plan for rows in micros]
     return 1 - sum(lengths) / sum(sum(shape.with_padding(row)) for row in rows)
@@ -168,7 +168,7 @@ def _balance(
 def _fill_padded(
     own: list[int], count: int, *, lengths: Sequence[int], budget: int, shape: PackingShape
 ) -> list[list[int]]:
-    """Put neighbors in length together, as few micro-batches as the budget allows, and source_ranks up to `count`."""
+    """Put neighbors in length together, as few micro-batches as the budget allows, and dummies up to `count`."""
     micros: list[list[int]] = []
     for index in own:
         longest = lengths[micros[-1][0]] if micros else 0

@@ -1,4 +1,4 @@
-"""Megatron's settings for a precision, and what code outside it must know of parameters in 8 bits."""
+"""Megatron's settings for a precision, and access to parameters in 8 bits from other code."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The trainer's processes: who talks to whom for a given layout, on which device, from which seed."""
+"""The trainer's processes: process groups of a layout, device and seed."""
 
 import gc
 import logging
@@ -78,7 +78,7 @@ def enter_world(layout: Layout, seed: int = 0, timeout_s: float = 600.0, key: st
 def make_groups(layout: Layout, timeout_s: float = 600.0, gloo: bool = True) -> None:
     """Make Megatron's process groups for `layout` in place of those of another layout; torch's own must exist.
 
-    `gloo`: beside each data-parallel group a gloo one, which checkpoints use.
+    `gloo`: for each data-parallel group another one over gloo, which checkpoints use.
     """
     # Megatron and its checkpoints warn of their own plans and of each other; what is wrong they raise.
     logging.getLogger("megatron.core").setLevel(logging.ERROR)

@@ -273,7 +273,7 @@ def _shown(value: Any) -> str:
 
 
 def _shown_keys(record: dict[str, Any]) -> str:
-    """Return the the names of the first fields of a record; a source that is a function may have keys that are not
+    """Return the names of the first fields of a record; a source that is a function may have keys that are not
     text.
     """
     shown = [key if isinstance(key, str) and len(key) <= 60 else _shown(key) for key in itertools.islice(record, 20)]

@@ -1,4 +1,5 @@
-"""`python -m exprl_megatron.processes.fork_process CHANNEL PARENT MODULE` imports MODULE and forks what PARENT wants.
+"""`python -m exprl_megatron.processes.fork_process CHANNEL PARENT MODULE` imports MODULE and forks the programs that
+PARENT requests.
 
 It computes nothing and has one thread, so that what it forks begins as a new process would, with its libraries. Each
 is forked twice: the process between ends, and the launcher adopts what it leaves.
@@ -33,7 +34,7 @@ def main(channel: int, parent: int, module: str) -> None:
     # Slurm's signal ahead of a time limit and Ctrl-C are for the launcher.
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    # It finds the room for titles here; where the environment is another one, it does not.
+    # It finds the memory for titles here; it could not do so in another environment.
     getproctitle()
     # What is imported stays: it is not looked through, here or in what is forked, and its pages remain shared.
     gc.disable()

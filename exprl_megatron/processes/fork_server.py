@@ -25,7 +25,7 @@ LENGTH_BYTES = 4
 
 @dataclass(frozen=True)
 class ForkRequest:
-    """A process to fork. Its standard output, standard error and the inherited descriptors travel beside this."""
+    """A process to fork. Its standard output, standard error and the inherited descriptors are sent separately."""
 
     command: list[str]
     """`[sys.executable, "-m", MODULE, arguments...]`."""

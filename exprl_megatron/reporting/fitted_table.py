@@ -1,4 +1,4 @@
-"""Tables that fit the terminal: one that is too wide is turned, so that its headings become its first column."""
+"""Tables that fit the terminal: one that is too wide is transposed, so that its headings become its first column."""
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -6,7 +6,7 @@ from rich.table import Column, Table
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print `table`; where it is wider than the terminal, turned, in as many pieces as it takes."""
+    """Print `table`; where it is wider than the terminal, transposed, in as many pieces as needed."""
     for piece in fit_table(console, table):
         console.print(piece)
 

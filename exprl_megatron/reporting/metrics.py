@@ -136,7 +136,7 @@ def _is_evaluated(record: dict) -> bool:
 
 
 def _truncate(jsonl: Path, last_step: int) -> list[dict]:
-    """Rewrite the file with the records up to `last_step` alone, in one move; those records."""
+    """Rewrite the file atomically with only the records up to `last_step`; returns these records."""
     if not jsonl.is_file():
         return []
     kept = [record for record in read_metrics(jsonl) if record["step"] <= last_step]

@@ -25,12 +25,12 @@ _OWN_ID = "exprl_megatron.run"
 
 
 class MlflowTracker:
-    """Numbers that are not finite are left out: not every store of MLflow takes them."""
+    """Logs to MLflow; numbers that are not finite are left out, since not every store of MLflow accepts them."""
 
     def __init__(self, run: TrackedRun):
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
-            # MLflow wants to be asked for plain files; its databases need packages that we do not.
+            # MLflow uses plain files only on request; its databases need packages that we do not depend on.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             uri = (run.directory / "mlflow").absolute().as_uri()
         self._client = MlflowClient(tracking_uri=uri)

@@ -54,7 +54,7 @@ class StepProgress:
 
     @contextmanager
     def bar(self, name: str, total: int) -> Iterator[Bar]:
-        """Show bars, each up to `total`, that vanish when the block ends; work beside other work has none."""
+        """Show bars, each up to `total`, that vanish when the block ends; work that runs during other work has none."""
         if self._shown or not self._console.is_terminal:
             yield Bar(None, total)
             return

@@ -1,4 +1,4 @@
-"""The line of a finished step: what one trains for first, at most WIDTH columns."""
+"""The line of a finished step, of at most WIDTH columns: the most important metrics come first."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ SHOWN = (
     ("entropy", "entropy"),
     ("grad", "grad_norm"),
 )
-"""Words of the line and their metrics, the most important first: the last ones are left out where there is no room."""
+"""Words of the line and their metrics, the most important first: the last ones are left out where they do not fit."""
 _SHARES = ("right", "overlong", "abstained")
 _WITHOUT_REWARD = "loss"
 """Shown only in stages without a reward: a policy-gradient loss says nothing about learning."""
@@ -27,7 +27,7 @@ def step_line(place: str, metrics: Mapping[str, float], end: str, room: int) -> 
     for word, name in SHOWN:
         if name not in metrics or (word == _WITHOUT_REWARD and "reward/mean" in metrics):
             continue
-        # The verifier's finding beside the judge's reward: a policy that games its judge shows in this pair.
+        # The verifier's share next to the judge's reward: this pair shows a policy that games its judge.
         separator = " " if word == "right" else "  "
         longer = f"{line}{separator}{word} {_share(metrics[name]) if word in _SHARES else _number(metrics[name])}"
         if len(longer) + len("  ") + len(end) > room:

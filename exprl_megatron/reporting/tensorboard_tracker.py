@@ -16,7 +16,7 @@ _TEXT = "/text_summary"
 
 
 class TensorBoardTracker:
-    """Scalars, the config and tables of traces as text; steps after the resumed one are taken out first."""
+    """Logs scalars, the config, and tables of traces as text; steps after the resumed one are removed first."""
 
     def __init__(self, run: TrackedRun):
         directory = run.directory / "tensorboard"
@@ -53,7 +53,7 @@ class TensorBoardTracker:
 
 
 def _last_steps(directory: Path) -> dict[str, int]:
-    """Return the last step of each tag in a directory's files, without what a later file takes out.
+    """Return the last step of each tag in a directory's files, without what a later file removes.
 
     A file that a killed process left ends where it is torn.
     """

@@ -1,4 +1,4 @@
-"""Trackers: services and files that show a run's metrics beside metrics.jsonl.
+"""Trackers: services and files that show a run's metrics in addition to metrics.jsonl.
 
 Each tracker has a thread of its own, so that neither a slow nor a dead service delays a step. One that fails is
 reported once and left out from then on. A resumed run passes on all that metrics.jsonl has kept, and each tracker takes
@@ -19,7 +19,7 @@ from exprl_megatron.config.tracking import TrackerName
 
 _CLOSE_S = 60.0
 _WAITING = 1_000
-"""So many records wait for a tracker at most; further ones are left out for it."""
+"""The most records that wait for a tracker; further ones are left out for it."""
 
 
 @dataclass(frozen=True)

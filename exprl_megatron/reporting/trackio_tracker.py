@@ -11,7 +11,7 @@ from exprl_megatron.reporting.trackers import SampleTable, TrackedRun
 
 
 class TrackioTracker:
-    """A run is found again by its name, so that a new run gets a name that no other run has."""
+    """Logs to trackio, which finds a run again by its name: a new run gets a name that no other run has."""
 
     def __init__(self, run: TrackedRun):
         name = stored_id(run.directory, "trackio")

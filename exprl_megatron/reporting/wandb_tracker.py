@@ -17,7 +17,7 @@ _TRAINED, _EVALUATED, _TABLE = f"{_LAST}/step", f"{_LAST}/evaluation", f"{_LAST}
 
 
 class WandbTracker:
-    """Every metric is over `step`, not over W&B's own counter, which refuses to go back when a run is resumed.
+    """Logs to W&B; every metric is over `step`, not over W&B's own counter, which cannot go back when a run is resumed.
 
     `wandb sync` replaces what a former offline directory of the run has sent, and a killed process leaves its last
     32 KiB unwritten. So a resumed run's new directory has all steps, and the former ones are moved away.

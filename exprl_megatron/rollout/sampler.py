@@ -19,7 +19,7 @@ from exprl_megatron.utils.together import first_n, gather_or_cancel
 MAX_STARTS_PER_PASS = 16
 """Most requests that start in one pass of the event loop, at half a millisecond each: a step may have thousands."""
 _LONG_PASS_S = 0.01
-"""After a pass of so many seconds fewer requests start in the next one: a judge's answer takes several passes."""
+"""After a longer pass, in seconds, fewer requests start in the next one: a judge's answer takes several passes."""
 
 
 @dataclass(frozen=True, eq=False)

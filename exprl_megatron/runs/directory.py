@@ -114,7 +114,7 @@ class RunDirectory:
         return _with_replay(config, config.policy.router_replay or False)
 
     def _refuse_changes(self, config: RunConfig, contents: Mapping[str, str] | None) -> None:
-        """Raise UserError where the run that is here would go on differently."""
+        """Raise UserError where the run in this directory would continue differently."""
         recorded = self._recorded_inputs() if contents is not None else None
         if recorded is not None and contents is not None and (others := _different(recorded, contents)):
             raise UserError(

@@ -41,7 +41,7 @@ class RunProgress:
 
     @classmethod
     def from_dict(cls, record: dict) -> "RunProgress":
-        """Read what to_dict wrote; a checkpoint has the state of a stage of the user's own beside it."""
+        """Read what to_dict wrote; the state of a stage of the user's own is a separate entry of a checkpoint."""
         others = record.keys() - {CUSTOM_STAGE, _FORMER_CUSTOM_STAGE}
         return cls(**{"prompts_consumed" if key == "problems_drawn" else key: record[key] for key in others})
 

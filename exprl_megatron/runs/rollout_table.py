@@ -98,7 +98,7 @@ def groups_of(parts: Iterable[pa.Table]) -> list[Group]:
     have.
 
     A group may continue in the next part. What is read of a part is dropped when the next one is taken, so that small
-    parts need little memory beside the groups.
+    parts need little memory in addition to the groups.
     """
     members: dict[int, list[GradedTrace]] = {}
     named: dict[int, tuple[str, str]] = {}

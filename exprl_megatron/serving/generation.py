@@ -119,7 +119,8 @@ _ID_LIST = msgspec.json.Decoder(list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)
 
 
 def reply_limit(tokens: int, watched: int = 0) -> int:
-    """Return the bytes that a reply about so many tokens may have, with the log-probs of `watched` ids at each of them.
+    """Return the bytes that a reply about `tokens` tokens may have, with the log-probs of `watched` ids at each of
+    them.
 
     A token is some 50 bytes of log-prob and id, and up to 128 characters of text, each up to 6 bytes in JSON.
     """
@@ -131,7 +132,7 @@ def read_generation(body: bytes, asked: ExpectedReply = _ANYTHING) -> Generation
 
     Raises:
         ValueError: its form is not SGLang's (the error names the field), a log-prob is missing, not finite or above 0,
-            an id is not one or has another log-prob's id beside it, the numbers of ids and log-probs differ, the text
+            an id is invalid or differs from the id of its log-prob, the numbers of ids and log-probs differ, the text
             is not that of the ids, or it is not what was `asked` for.
     """
     sent = None
@@ -142,7 +143,7 @@ def read_generation(body: bytes, asked: ExpectedReply = _ANYTHING) -> Generation
     _refuse_repeats(rest, _FIELDS)
     reply = _REPLY.decode(rest)
     meta = reply.meta_info
-    # What is no list of numbers has not been cut out.
+    # A value that is not a list of numbers has not been cut out.
     token_ids = _ids(memoryview(reply.output_ids) if ids is None else ids, "output_ids")
     # An aborted request that was still waiting has no log-probs.
     entries = _entries(block, "output_token_logprobs")

@@ -1,4 +1,4 @@
-"""Whether a server answers, for those who watch it outside of an event loop."""
+"""Checks whether a server answers, for callers outside of an event loop."""
 
 import urllib.error
 import urllib.request
@@ -7,7 +7,7 @@ _ANSWER_S = 5.0
 
 
 def healthy(url: str) -> bool:
-    """Return whether the server at `url` answers /health by now."""
+    """Return whether the server at `url` answers /health."""
     # No proxy is between the machines of a run, whatever the environment says.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:

@@ -1,4 +1,6 @@
-"""`python -m sglang_router.launch_router` that takes its API key from a file; it wants the key and hands it on."""
+"""`python -m sglang_router.launch_router` that takes its API key from a file; it requires the key of its clients and
+passes it on.
+"""
 
 import os
 import sys

@@ -63,7 +63,7 @@ def trace(
 
 
 class _Noted(TorchDispatchMode):
-    """Notes the copies out of `tensors` into parameters of `model`; anything else is done."""
+    """Records the copies from `tensors` into parameters of `model`; any other operation is executed."""
 
     def __init__(self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype):
         super().__init__()

@@ -19,9 +19,9 @@ from exprl_megatron.serving.transfer_tables import Slice
 _TILE = 4096
 """Words."""
 _COPIED_BYTES = 2**20
-"""Of a part that is not one piece of memory, copied at once on a CPU."""
+"""Bytes of a part with strides that are copied together on a CPU."""
 _WORDS_BYTES = 2**25
-"""Hashed at once on CUDA, which needs up to seven times as much beside it."""
+"""Bytes that are hashed together on CUDA, which needs up to seven times as much scratch memory."""
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
 _PLACED = struct.Struct("<5iQ")
@@ -30,14 +30,14 @@ _PLACED = struct.Struct("<5iQ")
 def hash_parts(parts: Iterable[tuple[Slice, torch.Tensor]]) -> np.ndarray:
     """Return uint64 [parts]: of each part's place in a server's parameter and of its bytes.
 
-    A part is [rows, columns], of any strides, all on one device; each is looked at once, in order.
+    A part is [rows, columns], of any strides, all on one device; each is read once, in order.
     """
     places, found = [], []
     for place, numbers in parts:
         places.append(place)
         found.append(_byte_hash(numbers) if numbers.device.type == "cpu" else word_hash(numbers))
     if found and isinstance(found[0], torch.Tensor):
-        # All at once: each transfer of a number would wait for the device.
+        # In one transfer: each transfer would wait for the device.
         found = torch.stack(found).tolist()
     packed = (_PLACED.pack(*place, value & _MASK) for place, value in zip(places, found, strict=True))
     return np.array([xxhash.xxh3_64_intdigest(each) for each in packed], dtype=np.uint64)
@@ -79,7 +79,7 @@ def _byte_hash(numbers: torch.Tensor) -> int:
 
 
 def _pieces(numbers: torch.Tensor, nbytes: int) -> Iterator[torch.Tensor]:
-    """Yield the bytes of `numbers`, row by row, about `nbytes` at once: the same pieces whatever the strides."""
+    """Yield the bytes of `numbers`, row by row, about `nbytes` at a time: the same pieces whatever the strides."""
     rows = max(1, nbytes // (numbers.shape[1] * numbers.element_size()))
     for some in numbers.split(rows):
         yield _bytes(some.contiguous())

@@ -46,7 +46,7 @@ class GroupThread:
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
-    """Make `device` the current CUDA device of this thread, if it is one."""
+    """Make `device` the current CUDA device of this thread, if it is a CUDA device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

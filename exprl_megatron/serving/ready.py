@@ -1,4 +1,4 @@
-"""Waiting for a server that somebody else started."""
+"""Waits for a server that another process started."""
 
 import asyncio
 

@@ -16,7 +16,7 @@ from exprl_megatron.models.routing import Routing
 _KEY = b'"routed_experts":'
 _SENT: np.dtype = np.dtype("<i4")
 _COMPACT: dict[int, np.dtype] = {1: np.dtype(np.uint8), 2: np.dtype("<i2")}
-"""What ids of so many bytes are."""
+"""The dtype of ids by their number of bytes."""
 
 
 def sent_bytes(tokens: int, routing: Routing) -> int:

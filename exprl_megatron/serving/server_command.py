@@ -153,6 +153,6 @@ def server_environment(
         )
         if tp > 1:
             cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-            # Ranks would want a NUMA node each; and they would set NCCL up, on CUDA devices, where they find it.
+            # Without these, ranks would bind to a NUMA node each, and set up NCCL on CUDA devices where they find it.
             environment.update(SGLANG_CPU_OMP_THREADS_BIND="|".join([cores] * tp), SGLANG_NCCL_SO_PATH="none")
     return environment

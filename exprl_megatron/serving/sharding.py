@@ -27,7 +27,7 @@ _BY_ROWS = ("q_proj", "k_proj", "v_proj", *_MLP_BY_ROWS, *_VOCABULARY, *_DELTA_N
 _BY_COLUMNS = ("o_proj", "out_proj", *_MLP_BY_COLUMNS)
 _VOCABULARY_MULTIPLE = 64
 _CPU_MLP_MULTIPLE = 32
-"""On a CPU each rank holds a multiple of so many of an MLP's inner numbers, the last ones zero."""
+"""On a CPU each rank's part of an MLP's inner dimension is padded with zeros to a multiple of this."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from exprl_megatron.utils.cuda_environment import shared_text
 
 
 def nccl_difference(server: RegisteredServer, config: ServerConfig) -> str | None:
-    """Return the sentence for the user where the server, started on another machine or by hand, has others than this
-    process.
+    """Return the sentence for the user where the server, started on another machine or by hand, has other values than
+    this process.
 
     `config` is that of the servers that get the trainer's weights, of which this is one.
     """

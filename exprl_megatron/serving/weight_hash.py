@@ -23,7 +23,7 @@ class WeightHash(Protocol):
         """Add `data` ([n] uint8, on any device) to the hash."""
 
     def hexdigest(self) -> str:
-        """Return the hash of all that came."""
+        """Return the hash of all data so far."""
 
 
 class Sha256:

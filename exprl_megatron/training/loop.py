@@ -61,7 +61,7 @@ def rl_step(run: Run, stage: RlStage, step: int) -> dict[str, float]:
 
 
 def batches_of(run: Run, stage: RlStage, step: int, groups: list[Group]) -> Sequence[Batches]:
-    """Build the training samples of each update, and beside them the samples that the reference policy scores.
+    """Build, for each update, its training samples and the samples that the reference policy scores.
 
     The two differ only in self-distillation: its reference policy is the teacher, whose prompts include the reference
     solution.

@@ -308,7 +308,7 @@ class Run:
             )
 
     def _record(self, stage: Stage) -> dict[str, Any]:
-        """Return what a checkpoint has beside the policy; rank 0's counts."""
+        """Return what a checkpoint has in addition to the policy, as rank 0 counts it."""
         record = self._progress.to_dict()
         if isinstance(stage, CustomStageConfig):
             record[CUSTOM_STAGE] = self._coordinator.on_rank0(lambda: self._rollouts.custom_stage(stage).state()) or {}

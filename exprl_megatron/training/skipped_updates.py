@@ -1,6 +1,6 @@
 """The updates of a run that are skipped, since their gradient was not finite in an earlier attempt.
 
-Without this record a resumed run would learn from the same journal, get the same gradient, and stop every time.
+Without this record a resumed run would learn from the same rollout log, get the same gradient, and stop every time.
 """
 
 import json

@@ -93,7 +93,7 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_directory(directory: Path) -> None:
-    """Return when the names in `directory` are on disk: the contents of files alone are no files."""
+    """Return when the names in `directory` are on disk: syncing a file does not sync its name."""
     opened = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(opened)

@@ -38,12 +38,12 @@ def connect_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
 
 
 def keyed_names(store: dist.Store, key: str | None, purpose: str) -> dist.Store:
-    """Return `store` as those see it who have `key`; for nobody's key as it is."""
+    """Return `store` under names that only holders of `key` can compute; without a key, `store` itself."""
     return dist.PrefixStore(hidden_name(key, purpose), store) if key else store
 
 
 class Records:
-    """Records of one `purpose` in a store, each believed only with its authentication code."""
+    """Records of one `purpose` in a store, each accepted only with its authentication code."""
 
     def __init__(self, store: dist.TCPStore, key: str, purpose: str):
         self.host, self.port = store.host, store.port
@@ -57,17 +57,17 @@ class Records:
         self._store.set(name, sign(self.key, self._of(name), data))
 
     def get(self, name: str) -> bytes:
-        """Return the record, which is waited for. Raises NotAuthentic where another wrote it, RuntimeError after a
+        """Wait for the record and return it. Raises NotAuthentic where another wrote it, RuntimeError after a
         timeout.
         """
         return bytes(verify(self.key, self._of(name), self._store.get(name)))
 
     def check(self, names: list[str]) -> bool:
-        """Return whether there is something under all `names`; `get` says whether it can be believed."""
+        """Return whether all `names` have a record; `get` verifies it."""
         return self._store.check(names)
 
     def has(self, name: str) -> bool:
-        """Return whether a record is there that can be believed."""
+        """Return whether there is an authentic record."""
         try:
             return self._store.check([name]) and self.get(name) is not None
         except NotAuthentic:
@@ -78,7 +78,7 @@ class Records:
         self._store.delete_key(name)
 
     def add(self, name: str, number: int) -> int:
-        """Add to a counter, which anyone could change who finds its name; its new value."""
+        """Add to a counter, which is not authenticated, and return its new value."""
         return self._store.add(name, number)
 
     def _of(self, name: str) -> str:

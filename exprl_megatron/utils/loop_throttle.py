@@ -1,4 +1,4 @@
-"""Many callers that would all be ready in the same pass of an event loop, spread over several."""
+"""Spreads callers that are ready in the same pass of an event loop over several passes."""
 
 import asyncio
 import time

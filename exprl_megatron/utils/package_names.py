@@ -1,4 +1,4 @@
-"""Which distributions have which packages, in a tenth of the time that Python's own answer takes.
+"""Maps packages to distributions in a tenth of the time that importlib.metadata takes.
 
 transformers asks importlib.metadata at its import. That looks for every file of every distribution and reads its
 description once for each of its packages: a second of processor time in an environment of 250 distributions.

@@ -1,4 +1,4 @@
-"""The experts that a sampling server chose for the tokens of a sequence, as an array of its owner."""
+"""The experts that a sampling server chose for the tokens of a sequence, as a read-only array."""
 
 import numpy as np
 

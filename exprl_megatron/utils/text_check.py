@@ -1,4 +1,4 @@
-"""Whether the text of a server's reply is that of its token ids.
+"""Checks that the text of a server's reply is that of its token ids.
 
 What is compared are bytes: each token's own, one after the other, against the text. That costs some 10 ns a token,
 decoding by the tokenizer itself 60 to 170.

@@ -1,4 +1,4 @@
-"""Token ids on their way into many requests, written as JSON once."""
+"""Token ids of requests: parts that several requests share are written as JSON once."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the tokens of byte-level tokenizers stand for."""
+"""The bytes that the tokens of byte-level tokenizers stand for."""
 
 import json
 import weakref

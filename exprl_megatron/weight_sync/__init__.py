@@ -1,1 +1,1 @@
-"""From the shards of the trainer's ranks to the weights of the servers: the one room that knows both sides."""
+"""Weight sync: sends the trainer ranks' shards to the servers. The only package that knows both sides."""

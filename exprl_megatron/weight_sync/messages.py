@@ -1,4 +1,4 @@
-"""What a weight sync sends, before anything is sent: messages, their bytes, and who has what they are made of.
+"""Plans what a weight sync sends: messages, their bytes, and the ranks that hold the shards.
 
 Pure arithmetic on the table of names: no process group, no weights. The transports follow it, and the plan of a
 sync at any size is computed from it.

@@ -1,4 +1,4 @@
-"""Whether servers hold the trainer's weights after a sync, tensor by tensor of their models."""
+"""Checks tensor by tensor that servers hold the trainer's weights after a sync."""
 
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The texts of one step in so many bytes: which traces are in a page, and their packed form."""
+"""The traces of one step whose texts fit into a page's limit of bytes, in their packed form."""
 
 import hashlib
 import zlib
@@ -31,7 +31,7 @@ class PageBlock:
 
 
 class SizeBudget:
-    """Bytes of a page for so many blocks; what one leaves is shared by those after it."""
+    """The bytes of a page for its blocks; what one block does not use is shared by those after it."""
 
     def __init__(self, total: int, blocks: int):
         self._left, self._waiting = total, blocks
@@ -110,7 +110,7 @@ class _Meter:
         return len(data) * 4 // 3
 
     def take(self, cost: int) -> bool:
-        """Return whether so many bytes are left; they are spent then."""
+        """Spend the bytes if as many are left; returns whether they were."""
         if cost > self._left:
             return False
         self._left -= cost

@@ -1,4 +1,4 @@
-"""The page as one HTML file: data, program and plotting library in it, and a policy that forbids everything else."""
+"""The page as one HTML file with data, script and plotting library, and a content policy that forbids all else."""
 
 import base64
 import hashlib

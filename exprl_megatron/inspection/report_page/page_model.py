@@ -1,4 +1,4 @@
-"""All that a page holds, of one run or of several, in JSON's terms."""
+"""The data of a page about one or several runs, as JSON types."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The page of runs that are going on, served to this machine alone and refreshed as steps come; nothing can be changed.
+"""Serves the page of running runs to this machine only, and refreshes it at each step; it is read-only.
 
 A request needs the token that is in the printed address, and has to name this machine as the host: a page of another
 site whose name was made to mean this machine (DNS rebinding) does not.

@@ -18,7 +18,7 @@ from exprl_megatron.runs.directory import RunDirectory
 _RECORDED = ("version", "commit", "modified", "command", "host", "start", "end")
 """Entries of run.json that a page shows."""
 _DRAWN_STEPS = 60
-"""The last so many steps of a stage have their spans in the page."""
+"""Number of a stage's last steps whose spans are in the page."""
 
 
 def curves(directory: RunDirectory) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of the paths by which they differ, to name the runs by."""
+    """Return a name for each run: the shortest end of its path that distinguishes it from the others."""
     parts = [path.resolve().parts for path in paths]
     for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(each[-length:]) for each in parts]

@@ -15,7 +15,7 @@ from exprl_megatron.reporting.plain_text import escaped
 from exprl_megatron.rollout.group import GradedTrace
 
 Places = Callable[[int], int]
-"""How many characters of a trace's text its first so many tokens give."""
+"""Maps a number of a trace's first tokens to the number of characters of its text that they give."""
 Asked = Callable[[str | None], dict[str, Any] | None]
 """Of a judgement's hash: what the judge was asked; see JudgeWords."""
 
@@ -70,8 +70,8 @@ class TraceRecords:
         }
 
     def texts(self, inspected: InspectedGroup, place: int) -> dict[str, Any]:
-        """Return {segments, words, finding, tokens}: the response in the pieces that were judged, and who said what of
-        it.
+        """Return {segments, words, finding, tokens}: the response in the pieces that were judged, and what judge and
+        verifier said about them.
         """
         sample = inspected.group.samples[place]
         advantages = None if inspected.advantages is None else inspected.advantages[place]

@@ -13,7 +13,7 @@ MOST_ROWS_OF_LONG = 8
 PLAIN = ("NoneType", "UnquantizedEmbeddingMethod", "UnquantizedLinearMethod")
 """Classes of an output layer's `quant_method` for which SGLang multiplies by the weight itself."""
 LONG = 32
-"""A weight with so many times more rows than columns is long."""
+"""A weight is long where its rows are this many times its columns."""
 
 
 def linear(original: Callable, method, layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

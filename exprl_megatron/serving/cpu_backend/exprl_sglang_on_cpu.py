@@ -6,7 +6,7 @@ import multiprocessing
 def activate() -> None:
     """Allow the `torch_native` attention backend, let it compute whole batches, and fork processes.
 
-    The Triton matrix products are left out, as Triton compiles for GPUs only. What this gives up is that a result
+    The Triton matrix products are left out, as Triton compiles for GPUs only. The cost is that a result
     does not depend on the batch it was computed in; what stays is that the sampler draws from the request's own seed.
     """
     import exprl_cpu_attention

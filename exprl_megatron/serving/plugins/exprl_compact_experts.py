@@ -20,7 +20,8 @@ def _compact_all(_, batch) -> None:
 
 
 def compact(ids):
-    """`ids`, an int32 tensor, as bytes (uint8 [count x size + 1]): each in `size` bytes, 1 or 2, and `size` at last.
+    """Return `ids`, an int32 tensor, as bytes (uint8 [count x size + 1]): each in `size` bytes, 1 or 2, and `size` at
+    last.
 
     `ids` itself where one fits into neither.
     """

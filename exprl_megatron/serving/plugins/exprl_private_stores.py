@@ -17,7 +17,7 @@ def activate() -> None:
 
 
 def at_its_address(store: type) -> type:
-    """`torch.distributed.TCPStore`, which listens at `host_name` alone where it is this process that listens."""
+    """Wrap `torch.distributed.TCPStore`, so that it listens only at `host_name` where this process holds the store."""
 
     @wraps(store, updated=())
     def made(host_name: str, port: int, *arguments, is_master: bool = False, **settings):
@@ -30,7 +30,7 @@ def at_its_address(store: type) -> type:
 
 
 def _listening(host: str, port: int) -> socket.socket | None:
-    """A socket there; None where the name means no address of this machine."""
+    """Return a listening socket; None where `host` is not an address of this machine."""
     try:
         return socket.create_server((socket.gethostbyname(host), port))
     except OSError:

@@ -1,4 +1,4 @@
-"""The functions of SGLang's CPU kernels for gated delta nets that are no operators of torch."""
+"""The functions of SGLang's CPU kernels for gated delta nets that are not torch operators."""
 
 from exprl_cpu_delta_net import convolve as causal_conv1d_fn_cpu
 from exprl_cpu_delta_net import convolve_next as causal_conv1d_update_cpu
