@@ -73,7 +73,7 @@ def eval_command(
     if context.args:
         words = " ".join(context.args)
         hint = f"--json prints and takes no file; use --json-file {words}" if json else "leave it out"
-        raise UserError(f"What `{words}` means is unknown; {hint}.")
+        raise UserError(f"The arguments `{words}` are unknown; {hint}.")
     run = None if config is None else _run_config(config)
     settings = _settings(
         model=str(model),
@@ -182,7 +182,7 @@ def _pairs(texts: list[str] | None) -> dict[str, Any]:
     for text in texts or []:
         name, equals, value = text.partition("=")
         if not equals:
-            raise UserError(f"{text!r} is no NAME=VALUE; put an equals sign between the two.")
+            raise UserError(f"{text!r} is not NAME=VALUE; put an equals sign between the two.")
         found[name] = yaml.safe_load(value)
     return found
 

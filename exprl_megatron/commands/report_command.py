@@ -28,7 +28,7 @@ def report_command(
     from exprl_megatron.runs.directory import require_run
 
     if (out is None) == (not serve):
-        raise UserError("Say where the page goes: give --out F.html, or --serve.")
+        raise UserError("No output is named; give --out F.html, or --serve.")
     if out is not None and out.is_dir():
         raise UserError(f"{out} is a directory; give --out the path of a file, F.html.")
     for run in runs:

@@ -1,4 +1,4 @@
-"""What a run needs of this machine beside the software: models, problem files, and GPUs."""
+"""Checks what a run needs of this machine besides software: models, problem files, and GPUs."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def _model(key: str, path: str) -> Finding:
 
 
 def _kernels(model: str) -> list[Finding]:
-    """Return what a policy needs on CUDA alone; nothing where the model is missing, which is a finding of its own."""
+    """Return what a policy needs only on CUDA; nothing where the model is missing, which is a finding of its own."""
     if not uses_cuda() or not (Path(model) / "config.json").is_file():
         return []
     architecture = read_architecture(model)
@@ -62,4 +62,4 @@ def _problems(source: str) -> Finding:
         return Finding(part, True, source)
     if path.suffix in JSON_LINES + PARQUET or source.startswith(("/", ".", "~")):
         return Finding(part, False, f"there is no {source}", "this run")
-    return Finding(part, True, f"{source}, which is no path here: a data set of the hub, or a function")
+    return Finding(part, True, f"{source}, which is not a path here: a data set of the hub, or a function")

@@ -1,4 +1,4 @@
-"""Modes in which a run does one half of its work, or checks itself."""
+"""Debugging modes: a run does only one half of its work, or makes additional checks."""
 
 from typing import Literal
 
@@ -46,7 +46,7 @@ class DebugConfig(Config):
         compared = (s for s in run_config.stages if isinstance(s, RlStage) and not isinstance(s, SelfDistillStage))
         if run_config.policy.ref_policy == "server" and any(stage.needs_ref_policy for stage in compared):
             found.append(
-                "debug.assertions wants the KL to a stage's start to be exactly 0 at first, but policy.ref_policy "
+                "debug.assertions requires the KL to a stage's start to be exactly 0 at first, but policy.ref_policy "
                 "is server, which rounds otherwise; set it to host."
             )
         return found

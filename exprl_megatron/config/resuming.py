@@ -35,22 +35,22 @@ class ResumeRule:
 
 TABLE = (
     ResumeRule(("directory",), "free", "a run may be moved"),
-    ResumeRule(("permissions",), "free", "who may read its files"),
+    ResumeRule(("permissions",), "free", "access rights of its files"),
     ResumeRule(("reproduce",), "fixed", "decides many settings"),
-    ResumeRule(("plugin_path",), "free", "where modules of your own are found"),
-    ResumeRule(("step_metrics",), "free", "what is measured besides"),
+    ResumeRule(("plugin_path",), "free", "the directories of the user's modules"),
+    ResumeRule(("step_metrics",), "free", "additional metrics"),
     ResumeRule(("seed",), "fixed", "decides order, sampling and starting weights"),
-    ResumeRule(("checkpoint.*",), "free", "how often the state is written"),
-    ResumeRule(("journal.*",), "free", "how much is kept"),
+    ResumeRule(("checkpoint.*",), "free", "the frequency of checkpoints"),
+    ResumeRule(("journal.*",), "free", "the number of steps and values in the log"),
     ResumeRule(("trackers", "tracking.*"), "free", "where metrics are shown"),
     ResumeRule(("debug.assertions",), "free", "only stops a run"),
-    ResumeRule(("debug.only", "debug.rollouts"), "fixed", "what the run does at all"),
+    ResumeRule(("debug.only", "debug.rollouts"), "fixed", "the mode of the run"),
     # The policy.
     ResumeRule(("policy.model",), "content", "the weights that the run starts from, their tokenizer and chat template"),
     ResumeRule(
         ("policy.initialize", "policy.precision.*", "policy.moe_aux_loss", "policy.router_replay"),
         "fixed",
-        "what is computed",
+        "changes what is computed",
     ),
     ResumeRule(("policy.max_tokens",), "fixed", "decides which prompts and examples are left out"),
     ResumeRule(("policy.ref_policy",), "fixed", "a checkpoint either holds the starting weights or does not"),
@@ -62,31 +62,27 @@ TABLE = (
         "how the work is divided; a checkpoint loads in any layout",
     ),
     # Servers.
-    ResumeRule(
-        ("server.*", "judge.server.*"), "free", "how many servers there are, where, and how long they are waited for"
-    ),
+    ResumeRule(("server.*", "judge.server.*"), "free", "number, place and deadlines of servers"),
     ResumeRule(("server.extra_args", "judge.server.extra_args"), "arguments", "may change the distribution of tokens"),
     ResumeRule(("placement.*",), "free", "where the servers compute"),
-    ResumeRule(("sync.*",), "free", "how the same weights travel, and what is verified then"),
-    ResumeRule(("sync.max_log_prob_gap",), "free", "only stops a run; `auto` keeps what the first step showed"),
+    ResumeRule(("sync.*",), "free", "the transport of the same weights, and its checks"),
+    ResumeRule(("sync.max_log_prob_gap",), "free", "only stops a run; `auto` keeps the precision of the first step"),
     ResumeRule(("sync.fp8", "sync.pause_mode"), "fixed", "changes the distribution that is sampled from"),
     # The judge.
-    ResumeRule(("judge.model",), "content", "who judges"),
+    ResumeRule(("judge.model",), "content", "the judge itself"),
     ResumeRule(
-        ("judge.endpoints", "judge.api_key_variable", "judge.placement"), "free", "where the same judge is asked"
+        ("judge.endpoints", "judge.api_key_variable", "judge.placement"), "free", "the address of the same judge"
     ),
-    ResumeRule(
-        ("judge.endpoint_model", "judge.endpoint_args"), "fixed", "all that is known of a judge behind endpoints"
-    ),
+    ResumeRule(("judge.endpoint_model", "judge.endpoint_args"), "fixed", "identifies a judge behind endpoints"),
     ResumeRule(
         (
             *("judge.prompt", "judge.prefix_prompt", "judge.segment_prompt", "judge.rubric.prompt"),
             "judge.shipped_prompts",
         ),
         "content",
-        "what the judge is asked",
+        "the judge's questions",
     ),
-    ResumeRule(("judge.rubric.kind", "judge.rubric.max_new_tokens"), "fixed", "what a trace is measured against"),
+    ResumeRule(("judge.rubric.kind", "judge.rubric.max_new_tokens"), "fixed", "the standard for traces"),
     ResumeRule(
         (
             *("judge.prompt_order", "judge.show_reference", "judge.template_args", "judge.max_new_tokens"),
@@ -94,7 +90,7 @@ TABLE = (
             *("judge.reasks", "judge.reask_temperature"),
         ),
         "fixed",
-        "how a trace gets its score",
+        "changes the scores of traces",
     ),
     ResumeRule(
         (
@@ -102,22 +98,22 @@ TABLE = (
             "judge.rubric.deadline_s",
         ),
         "free",
-        "how long and how often the judge is asked for the same answer",
+        "deadlines and repetitions of the same question",
     ),
     ResumeRule(("judge.max_abstention_rate", "judge.abstention_window", "judge.gate.*"), "free", "only stops a run"),
-    ResumeRule(("judge.store",), "free", "where answers are kept; they are found by everything that was asked"),
+    ResumeRule(("judge.store",), "free", "the place of stored answers, which are found by the whole question"),
     # Verification.
     ResumeRule(("verifier.workers",), "free", "speed"),
     ResumeRule(
         ("verifier.answer_deadline_s", "verifier.program_deadline_s", "verifier.test_deadline_s"),
         "free",
-        "how long an answer is waited for",
+        "deadlines",
     ),
-    ResumeRule(("verifier.variant", "verifier.domains.*"), "fixed", "what counts as right"),
+    ResumeRule(("verifier.variant", "verifier.domains.*"), "fixed", "the definition of a right answer"),
     # What is learned.
-    ResumeRule(("prompt.*",), "fixed", "what the policy is asked"),
+    ResumeRule(("prompt.*",), "fixed", "the policy's prompts"),
     ResumeRule(("leak_guard.*",), "free", "only stops a run"),
-    ResumeRule(("stages.*",), "fixed", "what is learned, and from what"),
+    ResumeRule(("stages.*",), "fixed", "what the policy learns"),
     ResumeRule(
         tuple(
             f"{place}.problems.{key}"
@@ -131,7 +127,7 @@ TABLE = (
     ResumeRule(("stages.optimizer.overlap", "stages.optimizer.offload"), "free", "memory against speed"),
     ResumeRule(("stages.optimizer.distributed",), "fixed", "the form of the optimizer's state in a checkpoint"),
     ResumeRule(("stages.max_abstention_rate", "stages.allow_off_policy"), "free", "only stops or refuses a run"),
-    ResumeRule(("evaluation.every_steps",), "free", "how often the same is measured"),
+    ResumeRule(("evaluation.every_steps",), "free", "the frequency of the same evaluation"),
     ResumeRule(("evaluation.*",), "fixed", "the figures before and after the stages are compared with each other"),
 )
 
@@ -169,7 +165,7 @@ FREE_ARGUMENTS: Mapping[str, str] = {
 
 
 def row_of(key: str) -> ResumeRule | None:
-    """Return the row that speaks of `key` (see `without_stage_number`); the longest where several do."""
+    """Return the row of the table for `key` (see `without_stage_number`); the most specific where several match."""
     rows = {name: row for row in TABLE for name in row.keys}
     if key in rows:
         return rows[key]
@@ -183,9 +179,9 @@ def without_stage_number(key: str) -> str:
 
 
 def refused_changes(old: RunConfig, new: RunConfig, same_contents: bool) -> list[str]:
-    """Return the keys, with the reasons, in which `new` may not continue with what `old` began.
+    """Return the keys whose values in `new` a run that `old` started may not continue with, and the reasons.
 
-    `same_contents`: what the paths of both lead to is known to be the same.
+    `same_contents`: the files at the paths in both configs are known to be the same.
     """
     refused = []
     before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
@@ -198,7 +194,7 @@ def refused_changes(old: RunConfig, new: RunConfig, same_contents: bool) -> list
 
 
 def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the values of a config in JSON's terms by their keys; a list of plain values is one value."""
+    """Return the values of a config, as JSON types, by their keys; a list of plain values is one value."""
     if isinstance(tree, dict) and tree:
         items: Iterator[tuple[Any, Any]] = iter(tree.items())
     elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):

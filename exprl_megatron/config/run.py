@@ -106,7 +106,7 @@ class RunConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     journal: JournalConfig = JournalConfig()
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
-    """Where metrics go beside `metrics.jsonl`; each needs the extra of its name."""
+    """Where metrics go besides `metrics.jsonl`; each needs the extra of its name."""
     tracking: TrackingConfig = TrackingConfig()
     debug: DebugConfig = DebugConfig()
 
@@ -151,7 +151,7 @@ class RunConfig(Config):
 
     @property
     def learns(self) -> bool:
-        """Whether any weight changes; if not, there are no checkpoints and models, and one evaluation says all."""
+        """Whether any weight changes; if not, there are no checkpoints and models, and one evaluation suffices."""
         return self.debug.only != "sampling"
 
     @property
@@ -217,7 +217,7 @@ class RunConfig(Config):
 
     @property
     def custom_domains(self) -> tuple[str, ...]:
-        """The domains that the `problems` sections of this run name beside the built-in ones."""
+        """The domains that the `problems` sections of this run name besides the built-in ones."""
         held_out = [] if self.evaluation is None else [self.evaluation.problems]
         return tuple(sorted({domain for problems in (*self.problem_sets(), *held_out) for domain in problems.domains}))
 
@@ -247,7 +247,7 @@ class RunConfig(Config):
         ):
             found.append(
                 "sync.pause_mode is in_place, by which traces continue with the cache of older weights, but "
-                "sync.max_log_prob_gap wants log-probs of the newest; set it to auto or null, or pause_mode to retract."
+                "sync.max_log_prob_gap needs log-probs of the newest; set it to auto or null, or pause_mode to retract."
             )
         return found
 

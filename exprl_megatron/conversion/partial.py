@@ -37,7 +37,9 @@ class Partial:
             if free < needed_bytes:
                 self._claim.release()
                 shutil.rmtree(self.path)
-                raise UserError(f"{target} needs {needed_bytes / 1e9:.1f} GB, {free / 1e9:.1f} are free; make room.")
+                raise UserError(
+                    f"{target} needs {needed_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; make room."
+                )
             write_atomically(self.path / PLAN, json.dumps(plan).encode())
 
     def __enter__(self) -> "Partial":

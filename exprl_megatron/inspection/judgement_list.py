@@ -59,7 +59,7 @@ def score_range(text: str) -> tuple[float, float]:
     except ValueError as error:
         raise UserError(f"--score is {text!r}; give a score such as 0.5, or a range such as 0.25:0.75.") from error
     if not low <= high:
-        raise UserError(f"--score is {text!r}, which no score can be; give the lower bound first, as in 0.25:0.75.")
+        raise UserError(f"--score is {text!r}, which contains no score; give the lower bound first, as in 0.25:0.75.")
     return low - _ROUNDING, high + _ROUNDING
 
 
@@ -80,7 +80,7 @@ def list_judgements(run: Path, conditions: JudgementFilter, limit: int, as_json:
         if len(found) >= limit:
             break
     if not found:
-        raise UserError(f"No judgement in {directory.journal} is as asked for; drop one of the conditions.")
+        raise UserError(f"No judgement in {directory.journal} meets all conditions; drop one of them.")
     if as_json:
         print(json.dumps({"judgements": [_record(each) for each in found[:limit]]}, indent=2))
         return

@@ -54,7 +54,7 @@ class StageScan:
 
     @property
     def leaks(self) -> int:
-        """Findings that must not be."""
+        """Number of findings that are leaks."""
         return sum(getattr(self, name) for name in LEAKS)
 
 
@@ -70,12 +70,12 @@ class RunScan:
 
     @property
     def leaks(self) -> int:
-        """Findings that must not be, of all stages."""
+        """Number of leaks in all stages."""
         return sum(stage.leaks for stage in self.stages)
 
 
 def report_leaks(run: Path, canary: str | None, as_json: bool) -> bool:
-    """Scan a run and print what was found; whether anything leaked."""
+    """Scan a run and print what was found; returns whether anything leaked."""
     scan = scan_run(RunDirectory(run), canary)
     if as_json:
         print(json.dumps({"leaks": scan.leaks} | asdict(scan), indent=2))
@@ -86,7 +86,7 @@ def report_leaks(run: Path, canary: str | None, as_json: bool) -> bool:
 
 
 def scan_run(directory: RunDirectory, canary: str | None = None) -> RunScan:
-    """Scan every step in the journal; `canary` takes the place of the config's.
+    """Scan every step in the rollout log; `canary` takes the place of the config's.
 
     Raises:
         UserError: there is no run or no saved rollout, or where its problems or tokenizer are gone.
@@ -176,7 +176,7 @@ def _table(scan: RunScan) -> Table:
     table = Table(
         title="saved rollouts",
         caption=f"overlaps are runs of {scan.ngram_words} words, or all of a shorter reference, that the problem's "
-        "statement does not have; those of traces are no leaks, but what the policy found or recites by itself",
+        "statement does not have; those of traces are not leaks, but what the policy found or recites by itself",
     )
     for name in ("stage", "steps", "requests", "not guarded", "overlap", "canary", "canary in traces"):
         table.add_column(name, justify="left" if name == "stage" else "right")

@@ -62,7 +62,7 @@ def show_evaluation(run: Path, name: str, selection: Selection, shown: DisplayOp
 
 def _print(chosen: list[SelectedGroup], where: str, config: RunConfig, shown: DisplayOptions) -> None:
     if not chosen:
-        raise UserError(f"No trace of {where} is as asked for; leave out --problem, --sample or --abstained.")
+        raise UserError(f"No trace of {where} meets the conditions; leave out --problem, --sample or --abstained.")
     first = chosen[: shown.limit]
     if shown.tokens and not any(each.inspected.gap(place) is not None for each in first for place in each.places):
         raise UserError(

@@ -42,7 +42,7 @@ def store_file(run: Path | None, store: Path | None) -> Path:
         UserError: neither is given, or the file does not exist.
     """
     if (run is None) == (store is None):
-        raise UserError("Say which store is meant: give --run DIR or --store FILE.")
+        raise UserError("No judgement store is named; give --run DIR or --store FILE.")
     if run is not None:
         directory = RunDirectory(run)
         judge = read_config(directory).judge

@@ -303,7 +303,7 @@ def _listen_store(node: Node) -> "TCPStore":
     try:
         return start_store(interface(node.host), node.port, _CONNECT_S)
     except (DistError, OSError) as error:
-        raise _unreachable(node, "cannot be listened at", error) from error
+        raise _unreachable(node, "cannot be used to listen", error) from error
 
 
 def _connect_store(node: Node) -> "TCPStore":

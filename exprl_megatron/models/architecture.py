@@ -100,7 +100,7 @@ class Architecture:
     delta_net: DeltaNet | None = None
     """What layers of type `linear_attention` have in place of attention; None: there are none."""
     output_gate: bool = False
-    """Whether attention's output is multiplied by the sigmoid of a gate, projected beside the query."""
+    """Whether attention's output is multiplied by the sigmoid of a gate, which is projected together with the query."""
     zero_centered_norms: bool = False
     """Whether norms multiply by 1 + their weight (a gated delta net's output norm does not)."""
     prefix: str = "model."
@@ -228,7 +228,7 @@ def position_violations(architecture: Architecture, max_tokens: int, model: str)
     remedy = "lower it"
     if max_tokens <= stretched:
         remedy += (
-            f", or set max_position_embeddings in its config.json, which servers go by, to {stretched}: YaRN stretches "
+            f", or set max_position_embeddings in its config.json, which servers use, to {stretched}: YaRN stretches "
             f"its positions as far"
         )
     return [

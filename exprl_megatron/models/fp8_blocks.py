@@ -73,7 +73,7 @@ def check_quantizable(table: list[Parameter], shapes: dict[str, tuple[int, ...]]
     Servers concatenate query, key and value, and gate and up: blocks must not cross the boundaries.
 
     Raises:
-        UserError: a matrix has rows that are no multiple of a block's, or the model has gated delta nets.
+        UserError: a matrix has rows that are not a multiple of a block's, or the model has gated delta nets.
     """
     if architecture.delta_net is not None:
         raise UserError(
@@ -83,6 +83,6 @@ def check_quantizable(table: list[Parameter], shapes: dict[str, tuple[int, ...]]
         for name in parameter.hf_names:
             if len(parameter.hf_names) > 1 and is_quantized(name, shapes[name]) and shapes[name][0] % BLOCK:
                 raise UserError(
-                    f"{name} of this {architecture.family} model has {shapes[name][0]} rows, no multiple of {BLOCK}, "
-                    f"so its FP8 blocks could not be served; write bf16."
+                    f"{name} of this {architecture.family} model has {shapes[name][0]} rows, not a multiple of "
+                    f"{BLOCK}, so its FP8 blocks could not be served; write bf16."
                 )

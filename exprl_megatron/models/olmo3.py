@@ -1,4 +1,4 @@
-"""What a config.json of Olmo 3 says beyond those of other models, and what is refused of it."""
+"""Olmo 3: the settings of its config.json that other families do not have, and what is refused of them."""
 
 from exprl_megatron.models.layer_types import FULL, SLIDING
 
@@ -45,7 +45,7 @@ def unsupported_of_olmo3(tree: dict) -> str | None:
 def _layers(tree: dict) -> str | None:
     types, width = layer_types(tree), window(tree)
     if isinstance(width, bool) or not isinstance(width, int) or width < 2:
-        return f"sliding_window {width}, which is no window of two tokens or more"
+        return f"sliding_window {width}, which is not a window of two tokens or more"
     if len(types) != tree["num_hidden_layers"]:
         return f"{len(types)} layer_types for {tree['num_hidden_layers']} layers"
     if set(types) != {FULL, SLIDING}:

@@ -107,7 +107,7 @@ def read_rope(tree: dict, path: str) -> Rope:
 def _rope(tree: dict) -> Rope:
     sections = [tree[name] for name in ("rope_parameters", "rope_scaling") if tree.get(name)]
     if not all(isinstance(section, dict) for section in sections):
-        raise _Unsupported("rope settings that are no table")
+        raise _Unsupported("rope settings that are not a table")
     name = (tree.get("architectures") or [""])[0]
     share = _share([settings for settings in (*sections, tree) if "partial_rotary_factor" in settings], name)
     scalings = [_scaling(section, tree) for section in sections]
@@ -223,11 +223,11 @@ def _original_length(rope: dict, tree: dict) -> int:
         raise _Unsupported(f"{name} {tree[name]} outside the rope settings and {inside} among them")
     length = _positive(name, inside if inside is not None else tree.get("max_position_embeddings"))
     if length != int(length):
-        raise _Unsupported(f"{name} {length}, which is no whole number")
+        raise _Unsupported(f"{name} {length}, which is not a whole number")
     return int(length)
 
 
 def _positive(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise _Unsupported(f"{name} {value!r}, which is no positive number")
+        raise _Unsupported(f"{name} {value!r}, which is not a positive number")
     return value

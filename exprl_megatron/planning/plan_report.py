@@ -46,7 +46,7 @@ SYNC_COLUMNS = (
     "GB out of a trainer's card",
     "GB into a card",
     "GB of a shard",
-    "GB beside it",
+    "GB of buffers",
     "seconds",
 )
 
@@ -200,7 +200,7 @@ def sync_cells(kind: str, sync: SyncPlan) -> list[str]:
     cards = sync.over_network.items()
     out = max((size for card, size in cards if card.startswith("trainer") and card.endswith(" out")), default=0)
     into = max((size for card, size in cards if card.endswith(" in")), default=0)
-    beside = max(sync.held[rank] - sync.shard[rank] for rank in sync.held)
+    buffers = max(sync.held[rank] - sync.shard[rank] for rank in sync.held)
     return [
         kind,
         f"{sync.messages:,}",
@@ -208,7 +208,7 @@ def sync_cells(kind: str, sync: SyncPlan) -> list[str]:
         f"{out / GB:.1f}",
         f"{into / GB:.1f}",
         f"{max(sync.shard.values()) / GB:.1f}",
-        f"{beside / GB:.1f}",
+        f"{buffers / GB:.1f}",
         seconds_text(sync.seconds),
     ]
 

@@ -139,17 +139,17 @@ def _refuse_taken_name(path: str, module_name: str) -> None:
         other = f"imported from {loaded} already"
     else:
         return
-    raise PluginError(f"The plugin {path} cannot be in {own}: {name} is {other}; rename yours.")
+    raise PluginError(f"The plugin {path} cannot be in {own}: {name} is {other}; rename your module.")
 
 
 def _origin(name: str) -> str | None:
-    """The file of the module `name` in the user's directories; None where there is none."""
+    """Return the file of the module `name` in the user's directories; None where there is none."""
     spec = PathFinder.find_spec(name, [str(Path.cwd()), *_plugin_directories])
     return spec.origin if spec is not None and spec.has_location else None
 
 
 def _shown_file(module: Any, module_name: str) -> str:
-    """The file of a module, for an error; says so where it is a directory."""
+    """Return the file of a module, for an error; a directory is marked as one."""
     if (file := getattr(module, "__file__", None)) is not None:
         return str(file)
     directory = next(iter(getattr(module, "__path__", ())), None)
@@ -157,7 +157,7 @@ def _shown_file(module: Any, module_name: str) -> str:
 
 
 def _import_failure(module_name: str, error: BaseException) -> str:
-    """What failed, and in which of the user's lines."""
+    """Return what failed, and in which line of the user's code."""
     wanted = {".".join(module_name.split(".")[: n + 1]) for n in range(module_name.count(".") + 1)}
     if isinstance(error, ModuleNotFoundError) and error.name in wanted:
         if module_name.endswith(".py"):

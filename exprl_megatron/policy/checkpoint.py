@@ -1,4 +1,4 @@
-"""Checkpoints of a stage in progress: any layout in, any layout out, and never a half-written one.
+"""Checkpoints of a stage in progress: written and loaded in any layout, and never incomplete.
 
 A checkpoint is a directory `checkpoint-NUMBER` with Megatron's torch_dist files (weights, optimizer state,
 random states, the stage's starting weights where they are kept) and `state.json` (schedule, layout, checksums, the
@@ -44,7 +44,7 @@ from exprl_megatron.utils.files import sync_directory
 
 
 def save_checkpoint(root: str | Path, policy: Policy, extra: dict, keep: int) -> Path:
-    """Write the policy's state as the newest checkpoint in `root` and deletes all but the newest `keep`.
+    """Write the policy's state as the newest checkpoint in `root`, and delete all but the newest `keep`.
 
     A collective. `extra` is a JSON-able dict; rank 0's counts. Raises UserError where it cannot be written;
     the checkpoints that were there before are then untouched.
@@ -56,7 +56,7 @@ def save_checkpoint(root: str | Path, policy: Policy, extra: dict, keep: int) ->
         dist_checkpointing.save(_state(policy, loading=False), str(partial), _save_strategy())
         own = files.checksums(partial, policy.world.rank, dist.get_world_size())
     except (Exception, CheckpointException) as error:
-        # Every rank comes here with its own view of the failure; torch's is no subclass of Exception.
+        # Every rank comes here with its own view of the failure; torch's error is not a subclass of Exception.
         failure = _unwritten(root, error)
         if policy.world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -119,7 +119,7 @@ def load_checkpoint(path: str | Path, policy: Policy) -> dict:
         loaded = _load(state, str(path))
     except (OSError, EOFError, CheckpointException) as error:
         raise UserError(
-            f"The checkpoint {path} cannot be read ({_one_line(error)}); see that its files can be, and resume again."
+            f"The checkpoint {path} cannot be read ({_one_line(error)}); make its files readable, and resume again."
         ) from error
     for index, chunk in enumerate(policy.chunks):
         chunk.load_state_dict(loaded[f"model{index}"])
@@ -175,7 +175,7 @@ def _state(policy: Policy, loading: bool, same_layout: bool = True) -> dict:
 
 
 def _ref_weights(policy: Policy, index: int) -> dict:
-    """Return the description of a chunk's weights, with the starting weights as data and names of their own."""
+    """Return the description of a chunk's weights, with the reference policy's values under names of their own."""
     chunk, ref_weights = policy.chunks[index], policy.stage.ref_weights[index]
     values = {id(weight): ref_weights[name] for name, weight in named_weights(chunk)}
     described = chunk.sharded_state_dict(metadata=_metadata())
@@ -232,7 +232,7 @@ def _record_or_fault(path: Path) -> tuple[dict | None, list[str]]:
 
 
 def _set_aside(path: Path, wrong: list[str]) -> str:
-    """Rename a damaged checkpoint; the sentence that says so."""
+    """Rename a damaged checkpoint; returns a sentence about it."""
     shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
     return f"The checkpoint {path} is damaged ({shown}); it is not loaded and is now {files.set_aside(path).name}."
 
@@ -265,7 +265,9 @@ def _prepare(root: Path, policy: Policy) -> tuple[Path, Path]:
 
 
 def _bytes_needed(policy: Policy) -> int:
-    """Return the size of the smallest checkpoint: the weights, AdamW's two moments in fp32, the starting weights."""
+    """Return the size of the smallest checkpoint: the weights, AdamW's two moments in fp32, the reference policy's
+    weights.
+    """
     numbers = sum(torch.Size(shape).numel() for shape in hf_shapes(policy.architecture).values())
     itemsize = next(policy.chunks[0].parameters()).dtype.itemsize
     copies = 2 if policy.stage.ref_weights is not None else 1

@@ -1,4 +1,4 @@
-"""Objects from rank to rank over gloo: none is unpickled before its authentication code was found to be the key's.
+"""Objects from rank to rank over gloo: none is unpickled before its authentication code is verified.
 
 torch's own functions for objects unpickle what comes, and a pickle runs code. A peer that came into a group without
 the run's key can send garbage; it cannot run anything here.
@@ -89,11 +89,11 @@ def _signed(item: Any) -> torch.Tensor:
 
 
 def _opened(data: torch.Tensor) -> Any:
-    """Return the item. Raises RunStopped where a peer has not the key."""
+    """Return the item. Raises RunStopped where a peer does not have the key."""
     try:
         return pickle.loads(verify(_key, _PURPOSE, data.numpy().data))
     except NotAuthentic as error:
         raise RunStopped(
-            f"A trainer process refuses a message of another one: {error}. A stranger is connected to the run; see "
-            "docs/cluster.md on networks, and continue with --resume."
+            f"A trainer process refuses a message of another one: {error}. Another program is connected to the run; "
+            "see docs/cluster.md on networks, and continue with --resume."
         ) from error

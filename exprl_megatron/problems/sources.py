@@ -210,7 +210,7 @@ def _custom_rows(config: ProblemsConfig) -> Iterator[SourceRow]:
     for number in itertools.count(1):
         if number > MAX_RECORDS and config.limit is None:
             raise plugin.failure(
-                f"yielded more than {MAX_RECORDS} records; set problems.limit if there are so many or they never end"
+                f"yielded more than {MAX_RECORDS} records; set problems.limit if it has more, or never ends"
             )
         # A generator raises its exceptions here, and not where it is called.
         record = plugin.guarded(lambda: next(iterator, _END))

@@ -16,12 +16,12 @@ from exprl_megatron.reporting.picture_file import save_picture
 from exprl_megatron.reporting.timeline import GRADING, ROLLOUTS, SAMPLING, STEP, Span
 
 PHASES = ("sync", "sampling", "grading", "log_probs", "train", "save", "other")
-"""`other` is what no span covers: statistics, packing, the journal."""
+"""`other` is what no span covers: statistics, packing, the rollout log."""
 _COLORS = dict(zip(PHASES, ("#577590", "#2a9d8f", "#e9c46a", "#8ab17d", "#e76f51", "#b5838d", "#cccccc"), strict=True))
 
 REMEDIES = {
     "sync": "another sync.transport or larger sync.bucket_mb (docs/resharding.md)",
-    "sampling": "more sampling servers, or max_staleness, by which it runs beside learning (docs/asynchrony.md)",
+    "sampling": "more sampling servers, or max_staleness, with which it overlaps with learning (docs/asynchrony.md)",
     "grading": "more judge servers, more of judge.concurrency, or more verifier.workers",
     "log_probs": "more trainer ranks, or policy.ref_policy: server",
     "train": "more trainer ranks, or another layout (`exprl plan`)",
@@ -108,7 +108,7 @@ def waterfall_table(phases: Mapping[str, float], title: str) -> Table:
 def draw_timeline(spans: Sequence[Span], title: str, path: Path) -> None:
     """Write the picture: lanes for trainer, sampling and grading over seconds, steps numbered at their beginnings.
 
-    Dark grading is what the trainer waited for, as in the table; pale grading continued beside sampling.
+    Dark grading is what the trainer waited for, as in the table; pale grading overlapped with sampling.
     """
     first = min(span.start for span in spans)
     # This import is slow, and few commands need it.

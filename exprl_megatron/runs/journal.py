@@ -1,4 +1,4 @@
-"""The rollout log (journal): the graded traces of every step, on disk before anything is learned from them.
+"""The rollout log (in code and configs: journal): the graded traces of every step, on disk before they are used.
 
 A step that is interrupted after sampling is not sampled again: the resumed run reads it from the log. The log holds
 every number exactly, so that the update is bit for bit the same.
@@ -81,7 +81,7 @@ class Journal:
             return _sampled_step(*read_v1(path.read_bytes()))
         except DAMAGE as error:
             raise UserError(
-                f"The journal file {path} is damaged ({error}); delete it to sample that step again."
+                f"The rollout log {path} is damaged ({error}); delete it to sample that step again."
             ) from error
 
     def write(self, stage: str, step: int, sampled: SampledStep) -> None:
@@ -132,7 +132,7 @@ def read_step(path: Path) -> SampledStep:
         version = counts.pop("version")
         if version not in _READ:
             raise UserError(
-                f"The journal file {path} has version {version}, and this program reads version {VERSION}; resume with "
+                f"The rollout log {path} has version {version}, and this program reads version {VERSION}; resume with "
                 f"the program that wrote it, or delete the file to sample that step again."
             )
         parts = (file.read_row_group(number, use_threads=False) for number in range(file.num_row_groups))

@@ -29,7 +29,7 @@ from exprl_megatron.utils.token_ids import TokenIds
 _CHECKSUMS_LIMIT = 256 * 2**20
 """Bytes; some 150 for each tensor of each tensor-parallel rank."""
 _command_numbers = CommandNumbers()
-_LONG_REPLY = 2**14
+_READ_IN_THREAD = 2**14
 """Bytes from which on a reply is read in a thread; a shorter one costs less than the way there and back."""
 
 
@@ -154,7 +154,7 @@ class SGLangClient(HttpClient):
 
     async def _read_reply[T](self, path: str, parse: Callable[[bytes], T], reply: bytes) -> T:
         """Read a long reply in a thread: the event loop continues meanwhile."""
-        if len(reply) < _LONG_REPLY:
+        if len(reply) < _READ_IN_THREAD:
             return self._read(path, parse, reply)
         return await in_reply_thread(self._read, path, parse, reply, size=len(reply))
 

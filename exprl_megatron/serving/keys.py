@@ -32,7 +32,7 @@ def renew_key(path: Path) -> None:
 
 
 def ensure_key(path: Path) -> None:
-    """Put a new key into `path` unless there is one; of several who do so at once, on any machine, one succeeds."""
+    """Put a new key into `path` unless there is one; of several concurrent callers, on any machine, one succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -57,7 +57,9 @@ def read_key(path: str | Path) -> Key:
     try:
         return Key(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise ServerError(f"The key of the run's servers cannot be read from {path} ({error}).") from error
+        raise ServerError(
+            f"The key of the run's servers cannot be read from {path} ({error}); correct its access rights."
+        ) from error
 
 
 def fingerprint(key: str) -> str:

@@ -142,7 +142,7 @@ class _Member:
             _log.exception("the trainer cannot be informed")
 
     def join(self, model: torch.nn.Module) -> None:
-        """Tell what the model's rank needs, and meet the others."""
+        """Report the slices that this rank of the model needs, and join the group."""
         self._model = model
         self._device = next(model.parameters()).device
         told = json.loads(self._records.get("tensors"))
@@ -192,7 +192,7 @@ class _Member:
 
     @contextmanager
     def _while_wanted(self) -> Iterator[None]:
-        """Break the group off as soon as the trainer does, or is gone. Raises RuntimeError then, at the end."""
+        """Abort the group as soon as the trainer aborts it or has ended. Raises RuntimeError then, at the end."""
         done, records = threading.Event(), _records(self._command)
 
         def watch() -> None:
@@ -212,7 +212,7 @@ class _Member:
             done.set()
             watching.result()
         if self._broken.is_set():
-            raise RuntimeError("the trainer has given this sync up")
+            raise RuntimeError("the trainer has aborted this sync")
 
     @torch.no_grad()
     def receive(self) -> None:

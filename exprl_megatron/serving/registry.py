@@ -100,9 +100,9 @@ class Registry:
         fields = asdict(server)
         gpu = fields.pop("first_gpu")
         if any(not isinstance(value, str) for value in fields.values()):
-            raise ValueError("a field of it is no text")
+            raise ValueError("one of its fields is not text")
         if type(gpu) is not int or gpu < 0:
-            raise ValueError("its first_gpu is no number of a GPU")
+            raise ValueError("its first_gpu is not the number of a GPU")
         if server.name != name:
             raise ValueError(f"it is for the name {server.name[:40]!r}")
         if self.key_file.is_file() and server.run != fingerprint(read_key(self.key_file)):

@@ -279,7 +279,7 @@ class ServerPool:
             if self._version is not None:
                 await self._call_healthy(check)
         if replaced and not self._in_state("healthy", "pending"):
-            raise WeightsReplaced(f"{replaced[0]} No other server is left; find out who did it, then use --resume.")
+            raise WeightsReplaced(f"{replaced[0]} No other server is left; stop that client, then use --resume.")
 
     async def prepare(self, version: str) -> bool:
         """Return whether weights must be pushed to `clients`, since one of them does not have `version`.

@@ -52,7 +52,7 @@ class ServerSpec:
     first_gpu: int = 0
     """On CUDA: of those that this process sees; a server of tensor parallelism takes the next ones too."""
     key_file: Path | None = None
-    """What holds the key that each request needs; None: `key` beside the log."""
+    """The file with the key that each request needs; None: `key` next to the log."""
 
     def command(self, port: int) -> list[str]:
         """Return the program and its arguments."""
@@ -173,7 +173,7 @@ class Server:
         return client
 
     def ready(self) -> bool:
-        """Return whether the server answers /health by now.
+        """Return whether the server answers /health.
 
         Raises ServerError where it has died, or start_deadline_s, counted from its start, has passed.
         """
@@ -294,7 +294,7 @@ def _ports(specs: Sequence[ServerSpec]) -> list[int]:
             continue
         if spec.port in configured:
             raise UserError(
-                f"Port {spec.port} is wanted by {configured[spec.port]} and by {spec.name}; set another port for one."
+                f"Port {spec.port} is set for {configured[spec.port]} and for {spec.name}; set another port for one."
             )
         if not is_free(spec.port, _address(spec)):
             raise UserError(

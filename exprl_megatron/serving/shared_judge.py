@@ -63,7 +63,7 @@ class SharedJudgeClient:
             ServerError: none is healthy.
         """
         if not self._pool.has_healthy:
-            raise ServerError("No sampling server is available to judge.")
+            raise ServerError("No sampling server is available to judge; see the servers' logs.")
 
 
 async def _one(generation: Awaitable[Generation]) -> list[Generation]:

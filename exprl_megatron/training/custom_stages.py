@@ -269,7 +269,7 @@ def read_kept(directory: Path, stage: str) -> frozenset[str]:
     kept = frozenset(json.loads(path.read_bytes())["problems"]) if path.is_file() else frozenset()
     if not kept:
         raise UserError(
-            f"Stage {stage} kept no problem in {path} for the stages with problems_from: {stage}; see what its "
-            "kept_problems returns."
+            f"Stage {stage} kept no problem in {path} for the stages with problems_from: {stage}; check "
+            "what its kept_problems returns."
         )
     return kept

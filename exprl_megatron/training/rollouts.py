@@ -170,14 +170,14 @@ def _check_routed(sampled: SampledStep, routing: Routing, path: Path) -> None:
     for experts in found:
         if experts is None:
             raise UserError(
-                f"The journal file {path} has no routed experts: it was sampled without policy.router_replay; set the "
+                f"The rollout log {path} has no routed experts: it was sampled without policy.router_replay; set the "
                 f"key to false, or sample again."
             )
         layers, top_k = experts.shape[1:]
         largest = int(experts.max(initial=0))
         if (layers, top_k) != (routing.layers, routing.top_k) or largest >= routing.experts:
             raise UserError(
-                f"The journal file {path} has the routed experts of another model: {top_k} of at least {largest + 1} "
+                f"The rollout log {path} has the routed experts of another model: {top_k} of at least {largest + 1} "
                 f"experts in each of {layers} layers, where policy.model has {routing.top_k} of {routing.experts} in "
                 f"each of {routing.layers}; set policy.router_replay to false, or policy.model to the model that "
                 f"sampled the traces."

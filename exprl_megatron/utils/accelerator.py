@@ -165,7 +165,9 @@ def cuda_capability() -> tuple[int, int] | None:
     reply = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, timeout=120)
     if reply.returncode:
         reason = reply.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        raise UserError(f"The CUDA device does not tell its compute capability ({reason[0]}); look at nvidia-smi.")
+        raise UserError(
+            f"The CUDA device does not report its compute capability ({reason[0]}); check it with nvidia-smi."
+        )
     major, minor = reply.stdout.split()[-2:]
     return int(major), int(minor)
 

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that hold numpy arrays: what equality, hash and pickle mean for them."""
+"""Frozen dataclasses that hold numpy arrays, with equality, hash and pickle."""
 
 from dataclasses import Field, fields, is_dataclass
 from typing import Any
@@ -42,7 +42,7 @@ def read_only(values: Any, dtype: type) -> np.ndarray:
     """
     array: np.ndarray = np.asarray(values, dtype=dtype).view()
     if array.ndim != 1:
-        raise ValueError(f"an array of {array.ndim} dimensions where one of one dimension is wanted")
+        raise ValueError(f"an array of {array.ndim} dimensions where one dimension is expected")
     array.flags.writeable = False
     return array
 

@@ -40,7 +40,7 @@ def verify(key: str, purpose: str, signed: bytes | memoryview) -> memoryview:
     view = memoryview(signed)
     data = view[MAC_BYTES:]
     if not verify_mac(view[:MAC_BYTES], key, purpose, data):
-        raise NotAuthentic(f"somebody without this run's key wrote {purpose!r}")
+        raise NotAuthentic(f"{purpose!r} was written without this run's key")
     return data
 
 

@@ -229,7 +229,8 @@ class DirectTransport:
             if not absent:
                 raise
             raise ServerError(
-                f"{', '.join(absent)} did not join the weights group within sync.deadline_s ({self._deadline_s:g} s)."
+                f"{', '.join(absent)} did not join the weights group within sync.deadline_s "
+                f"({self._deadline_s:g} s); see the servers' logs."
             ) from error
 
     def _absent(self) -> list[str]:

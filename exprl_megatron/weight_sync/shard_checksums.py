@@ -1,4 +1,4 @@
-"""Checksums of the weights that servers are to hold, from the trainer ranks' shards: nothing is joined for them.
+"""Checksums of the weights that servers should hold, computed from the trainer ranks' shards without joining them.
 
 Each shard is cut to the parts of servers' parameters that are made of it. A part's hash is of its bytes and its place
 (serving/part_hash.py), and a parameter's checksum is the sum of its parts' hashes, so that each rank adds up its own.
@@ -220,7 +220,7 @@ class ShardChecksums:
             if not report.error:
                 return report.checksums
             said = report.error
-        raise ServerError(f"{client.name} ({client.url}) could not say what weights it holds: {said}; see its log.")
+        raise ServerError(f"{client.name} ({client.url}) did not report its weights' checksums: {said}; see its log.")
 
 
 def _own_parts(plan: ChecksumPlan, gatherer: Gatherer) -> Iterator[tuple[Slice, torch.Tensor]]:

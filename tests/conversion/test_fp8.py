@@ -158,6 +158,6 @@ def test_sglang_understands_the_config(of_sglang):
 
 def test_blocks_across_the_seams_of_joined_matrices_are_refused(tiny_model, tmp_path):
     convert_to_megatron(tiny_model("qwen3"), tmp_path / "megatron")
-    with pytest.raises(UserError, match=r"q_proj.weight .* has 64 rows, no multiple of 128"):
+    with pytest.raises(UserError, match=r"q_proj.weight .* has 64 rows, not a multiple of 128"):
         convert_to_huggingface(open_weights(tmp_path / "megatron"), tmp_path / "fp8", "fp8")
     assert not list(tmp_path.glob("fp8*"))

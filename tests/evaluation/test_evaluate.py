@@ -156,13 +156,13 @@ def run(tmp_path, tiny_model, monkeypatch, capsys):
     [
         (("--k", "1,200"), "k contains 200, more than the 16 samples; raise --samples."),
         (("--k", "1;4"), "--k is '1;4'; write numbers with commas between them"),
-        (("--field", "id"), "'id' is no NAME=VALUE"),
+        (("--field", "id"), "'id' is not NAME=VALUE"),
         (("--field", "ids=key"), "problems.fields.ids is 'key': Extra inputs are not permitted."),
         (("--temperature", "0"), "sampling.temperature is 0.0: Input should be greater than 0."),
         (("--user", "Solve it."), "prompt.user is 'Solve it.' and never shows the problem"),
         (
             ("--json", "f.json"),
-            "What `f.json` means is unknown; --json prints and takes no file; use --json-file f.json.",
+            "The arguments `f.json` are unknown; --json prints and takes no file; use --json-file f.json.",
         ),
         (("--max-new-tokens", "2048"), "has 1024 positions, including the prompt; lower --max-new-tokens."),
         (("--max-prompt-tokens", "3"), "None of the 5 problems has a prompt of at most 3 tokens"),

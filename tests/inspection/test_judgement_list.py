@@ -79,7 +79,7 @@ def test_the_list_has_the_policys_weights_and_no_commands_to_the_terminal(exprl,
         (["--score", "high", "--run", "RUN"], "--score is 'high'; give a score such as 0.5"),
         (["--abstained", "--store", "f.sqlite"], "give --run DIR, and no hash and no --store"),
         (["abcdef", "--step", "1", "--run", "RUN"], "give --run DIR, and no hash and no --store"),
-        (["--problem", "q", "--run", "RUN"], "is as asked for"),
+        (["--problem", "q", "--run", "RUN"], "meets all conditions"),
     ],
 )
 def test_what_cannot_be_listed_is_one_sentence(exprl, run, arguments, sentence):

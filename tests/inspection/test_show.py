@@ -237,7 +237,7 @@ def test_limited_groups_say_how_many_there_are(exprl, run):
         (["--stage", "prim"], "has no stage 'prim'; its stages are prime, parts."),
         (["--stage", "parts"], "has no step of stage parts yet"),
         (["--step", "7"], "has no step 7; it has 1 to 2 of stage prime."),
-        (["--problem", "q"], "No trace of prime, step 1 to prime, step 2 is as asked for"),
+        (["--problem", "q"], "No trace of prime, step 1 to prime, step 2 meets the conditions"),
         (["--step", "1", "--evaluation", "start"], "leave out --stage and --step"),
         (["--step", "2"], "step-000002.parquet is damaged"),
     ],

@@ -77,7 +77,7 @@ def test_a_circular_import_is_named_with_the_line_of_the_import():
 def test_a_module_with_the_name_of_one_of_pythons_is_refused_with_its_file(name):
     """Whether Python's own is imported already or not: what is imported later would get the user's."""
     said = refused(f"{name}:f", **{name: "def f(): pass\n"})
-    assert f"/{name}.py: {name} is a module of Python's standard library; rename yours." in said
+    assert f"/{name}.py: {name} is a module of Python's standard library; rename your module." in said
 
 
 def test_pythons_own_modules_can_be_named_where_the_user_has_none_of_that_name():
@@ -89,7 +89,7 @@ def test_a_package_with_the_name_of_one_that_is_imported_already_is_refused_with
     Path(name).mkdir()
     Path(name, "__init__.py").write_text("def f(): pass\n")
     said = refused(f"{name}:f")
-    assert f"/{name}/__init__.py: {name} is imported from " in said and said.endswith(" already; rename yours.")
+    assert f"/{name}/__init__.py: {name} is imported from " in said and said.endswith(" already; rename your module.")
 
 
 def test_a_file_name_in_place_of_a_module_is_corrected():

@@ -183,7 +183,7 @@ def test_a_run_records_whether_it_replays_routing_and_resumes_with_it(tmp_path, 
     for settings in ({}, {"router_replay": replays}):
         again = config(directory.root, policy={"model": model} | settings, server=server)
         directory.claim(again, resume=True).release()
-    with pytest.raises(UserError, match=r"other values of policy\.router_replay \(what is computed\)"):
+    with pytest.raises(UserError, match=r"other values of policy\.router_replay \(changes what is computed\)"):
         directory.claim(config(directory.root, policy={"model": model, "router_replay": not replays}), resume=True)
 
 

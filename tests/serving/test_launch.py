@@ -135,7 +135,7 @@ def test_a_port_wanted_twice_is_refused(tiny_model, tmp_path):
         *server_specs("policy", tiny_model("qwen3"), ServerConfig(port=port, count=2), tmp_path),
         *server_specs("judge", tiny_model("qwen3"), ServerConfig(port=port + 1), tmp_path),
     ]
-    with pytest.raises(UserError, match=f"Port {port + 1} is wanted by policy-1 and by judge-0"):
+    with pytest.raises(UserError, match=f"Port {port + 1} is set for policy-1 and for judge-0"):
         launch_servers(specs)
 
 

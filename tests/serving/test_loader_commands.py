@@ -150,7 +150,7 @@ def test_trainer_and_server_agree_on_checksums_through_orders_of_one_key(monkeyp
     sums._planning = planned
     held = sums.held([InProcess(model, loader.load)], torch.float32)
     if key == "another":
-        with pytest.raises(ServerError, match="could not say what weights it holds: it did not answer"):
+        with pytest.raises(ServerError, match="did not report its weights' checksums: it did not answer"):
             asyncio.run(held)
         return
     ((found,),) = asyncio.run(held)

@@ -82,6 +82,6 @@ def test_a_model_whose_blocks_would_lie_across_seams_is_refused(tiny_model):
 
     world = enter_world(Layout())
     policy = Policy(PolicyConfig(model=str(tiny_model("qwen3"))), seed=0)
-    with pytest.raises(UserError, match="no multiple of 128"):
+    with pytest.raises(UserError, match="not a multiple of 128"):
         WeightExporter(policy.chunks, policy.architecture, world, 2**20, source_ranks=None, fp8=True)
     leave_world()
