@@ -60,8 +60,11 @@ class Backend:
 
 
 @asynccontextmanager
-async def opened(registry, *names, log=print, **config):
-    """A pool of two usually, and the servers behind it, which have registered and got the weights `v0`."""
+async def opened(registry, *names, log=print, through=None, **config):
+    """A pool of two usually, and the servers behind it, which have registered and got the weights `v0`.
+
+    `through` is its router.
+    """
     backends, runners = [Backend(name) for name in names], []
     for backend in backends:
         app = web.Application()
@@ -72,7 +75,7 @@ async def opened(registry, *names, log=print, **config):
         backend.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         runners.append(runner)
         registry.register(backend.registered())
-    pool = ServerPool(registry, ServerConfig(count=len(names), **CONFIG | config), log=log)
+    pool = ServerPool(registry, ServerConfig(count=len(names), **CONFIG | config), router=through, log=log)
     try:
         await pool.open()
         assert await pool.prepare("v0")
@@ -82,6 +85,22 @@ async def opened(registry, *names, log=print, **config):
         await pool.close()
         for runner in runners:
             await runner.cleanup()
+
+
+class RouterList:
+    """In place of the client of a router: keeps the servers that it is given."""
+
+    def __init__(self):
+        self.given = []
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        pass
+
+    async def route_to(self, urls, deadline_s):
+        self.given.append(urls)
 
 
 async def who(pool, home=0):
@@ -101,7 +120,8 @@ def names(pool):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """The pool looks at its registry and at its servers a dozen times as often as in a run."""
-    monkeypatch.setattr("exprl_megatron.serving.server_pool._POLL_S", 0.02)
+    monkeypatch.setattr("exprl_megatron.serving.pool_members._POLL_S", 0.02)
+    monkeypatch.setattr("exprl_megatron.serving.server_pool._RETRY_S", 0.02)
 
 
 @pytest.fixture
@@ -138,6 +158,17 @@ def test_servers_that_slept_have_lost_their_weights_and_get_the_same_version_aga
     asyncio.run(run())
 
 
+def test_a_router_is_given_the_servers_that_have_the_weights_and_the_others_when_one_of_them_has_left(registry):
+    async def run():
+        router = RouterList()
+        async with opened(registry, "policy-0", "policy-1", through=router) as (_, one, two):
+            assert router.given == [{one.url, two.url}]
+            registry.withdraw("policy-0")
+            await until(lambda: router.given[-1] == {two.url})
+
+    asyncio.run(run())
+
+
 def slept(backend):
     return backend.asked.count("/release_memory_occupation")
 
@@ -147,7 +178,7 @@ def test_a_server_that_joins_while_the_others_sleep_is_put_to_sleep_too_and_wake
         async with opened(registry, "policy-0", "policy-1") as (pool, one, two):
             await pool.sleep()
             registry.register(two.registered("b"))
-            await until(lambda: len(pool._in_state("pending")) == 1)
+            await until(lambda: len(pool._members.in_state("pending")) == 1)
             assert (slept(one), slept(two)) == (1, 2)
             await pool.sleep()
             assert (slept(one), slept(two)) == (1, 2), "SGLang dies where memory is given up twice"
@@ -155,7 +186,7 @@ def test_a_server_that_joins_while_the_others_sleep_is_put_to_sleep_too_and_wake
                 await pool.wake(tag)
             assert two.asked.count("/resume_memory_occupation") == 2
             registry.register(one.registered("b"))
-            await until(lambda: len(pool._in_state("pending")) == 2)
+            await until(lambda: len(pool._members.in_state("pending")) == 2)
             assert slept(one) == 1, "the others are awake"
 
     asyncio.run(run())
@@ -175,11 +206,11 @@ def test_a_server_that_goes_to_sleep_while_the_others_wake_wakes_too_before_it_g
             await pool.wake("weights")
             assert await pool.prepare("v0") and names(pool) == ["policy-0"]
             two.slow["/release_memory_occupation"].set()
-            await until(lambda: len(pool._in_state("pending")) == 1)
-            assert pool._replicas["policy-1"].asleep == {"kv_cache"} and woken(two) == 1
+            await until(lambda: len(pool._members.in_state("pending")) == 1)
+            assert pool._members._replicas["policy-1"].asleep == {"kv_cache"} and woken(two) == 1
             await pool.commit("v0")
             await pool.wake("kv_cache")
-            assert pool._replicas["policy-1"].asleep == set() and woken(two) == 2
+            assert pool._members._replicas["policy-1"].asleep == set() and woken(two) == 2
 
     asyncio.run(run())
 
@@ -198,7 +229,7 @@ def test_the_trainer_does_not_take_memory_before_every_server_has_given_its_up_a
             assert not sleeping.done(), "policy-2 may take memory at any time"
             registry.register(RegisteredServer("policy", "policy-2", two.url, "", "c"))
             assert await sleeping
-            assert all(replica.asleep == {"kv_cache", "weights"} for replica in pool._replicas.values())
+            assert all(replica.asleep == {"kv_cache", "weights"} for replica in pool._members._replicas.values())
             assert not registry.try_start("policy-1") and registry.starting_servers("policy") == []
             assert registry.try_start("judge-0"), "it has devices of its own"
             await pool.wake("weights")
@@ -213,7 +244,7 @@ def test_a_server_that_does_not_give_up_its_memory_ends_the_run_and_is_named(reg
     async def run():
         async with opened(registry, "policy-0", "policy-1") as (pool, one, _):
             one.well, one.status = False, 500
-            pool._config = ServerConfig(start_deadline_s=1)
+            pool._members._config = ServerConfig(start_deadline_s=1)
             await pool.sleep()
 
     with pytest.raises(ServerError, match=r"^policy-0 did not release memory for the trainer within .* \(1 s\)"):
@@ -225,14 +256,14 @@ def test_where_the_last_server_dies_in_its_sleep_the_wait_for_it_begins_when_it_
         async with opened(registry, "policy-0") as (pool, one):
             await pool.sleep()
             registry.withdraw("policy-0")
-            await until(lambda: not pool._replicas)
-            pool._no_server_since -= 1000
+            await until(lambda: not pool._members._replicas)
+            pool._members._no_server_since -= 1000
             await pool.wake("weights")
             assert registry.starts_held("policy")
             preparing = asyncio.create_task(pool.prepare("v0"))
             await until(lambda: not registry.starts_held("policy"))
             registry.register(one.registered("b"))
-            assert await preparing and pool._replicas["policy-0"].asleep == {"kv_cache"}
+            assert await preparing and pool._members._replicas["policy-0"].asleep == {"kv_cache"}
 
     asyncio.run(run())
 
@@ -264,9 +295,9 @@ def test_a_server_whose_nccl_variables_are_not_the_trainer_s_is_reported(registr
 
     async def run():
         pool = ServerPool(registry, ServerConfig(), log=said.append)
-        await pool._follow_registry({"policy-0": registered})
-        await pool._follow_registry({"policy-0": registered})
-        for replica in pool._replicas.values():
+        await pool._members._follow_registry({"policy-0": registered})
+        await pool._members._follow_registry({"policy-0": registered})
+        for replica in pool._members._replicas.values():
             await replica.client.__aexit__()
 
     asyncio.run(run())
@@ -415,8 +446,8 @@ def test_where_no_server_is_left_requests_wait_until_one_has_the_weights(registr
 @pytest.fixture
 def impatient(monkeypatch):
     """A pool that tries again almost at once."""
-    monkeypatch.setattr("exprl_megatron.serving.server_pool._LONGEST_PAUSE_S", 0.02)
-    monkeypatch.setattr("exprl_megatron.serving.server_pool._POLL_S", 0.01)
+    monkeypatch.setattr("exprl_megatron.serving.pool_members._LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr("exprl_megatron.serving.pool_members._POLL_S", 0.01)
 
 
 def test_a_server_that_fails_on_and_on_is_to_be_started_anew_and_none_at_all_is_an_error(registry, impatient):
@@ -438,7 +469,7 @@ def test_a_server_that_fails_now_and_then_and_answers_in_between_is_not_started_
                 asked = asyncio.create_task(who(pool))
                 await until(lambda: not pool.has_healthy)
                 one.well = True
-                await until(lambda: pool._in_state("pending"))
+                await until(lambda: pool._members.in_state("pending"))
                 assert await pool.prepare("v0")
                 await pool.commit("v0")
                 assert await asked == "policy-0"
@@ -513,7 +544,7 @@ def test_a_server_that_fails_while_weights_are_pushed_is_not_asked_although_the_
             assert [await who(pool, home) for home in range(2)] == ["policy-0"] * 2
             assert other.asked.count("/get_model_info") == asked == 1
             other.well = True
-            await until(lambda: pool._in_state("pending"))
+            await until(lambda: pool._members.in_state("pending"))
             assert await pool.prepare("v1"), "it needs the weights first"
 
     asyncio.run(run())
@@ -526,7 +557,7 @@ def test_a_registration_that_cannot_be_read_is_told_once_and_others_are_seen_all
             (registry.directory / "policy-5.json").write_text("{")
             await until(lambda: told)
             registry.register(RegisteredServer("policy", "policy-1", one.url, "", "b"))
-            await until(lambda: len(pool._replicas) == 2)
+            await until(lambda: len(pool._members._replicas) == 2)
             return told
 
     told = asyncio.run(run())
@@ -537,7 +568,7 @@ def test_a_watch_that_died_is_heard_of_at_the_next_request_though_servers_serve(
     async def run():
         async with opened(registry, "policy-0") as (pool, _):
             monkeypatch.setattr(registry, "all", lambda: 1 / 0)
-            await until(pool._watcher.done)
+            await until(pool._members._watcher.done)
             await who(pool)
 
     with pytest.raises(ZeroDivisionError):
