@@ -16,10 +16,14 @@ from exprl_megatron.models.left_out import left_out_tensors
 from exprl_megatron.models.name_map import HEAD, embedding
 from exprl_megatron.models.recorded import differing_fields
 from exprl_megatron.models.stored_parameters import StoredParameter
-from exprl_megatron.models.weight_readers import Safetensors, has_joined_experts, open_safetensors, weight_files
+from exprl_megatron.models.weight_readers import (
+    FLOATS,
+    Safetensors,
+    has_joined_experts,
+    open_safetensors,
+    weight_files,
+)
 from exprl_megatron.policy.megatron_files import MEGATRON, MegatronFiles
-
-FLOATS = ("F32", "BF16", "F16")
 
 
 class Weights(Protocol):

@@ -14,7 +14,7 @@ from exprl_megatron.models.delta_net import DeltaNet
 from exprl_megatron.models.layer_types import LINEAR, SLIDING
 from exprl_megatron.models.nearest import nearest
 from exprl_megatron.models.rope import Rope, RopeScaling, YarnScaling, read_rope
-from exprl_megatron.models.unsupported import unsupported
+from exprl_megatron.models.unsupported import unsupported, unsupported_beside_text
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -31,7 +31,7 @@ FAMILIES = {
     "Qwen3_5MoeForCausalLM": "qwen3.5-moe",
     "Qwen3_5MoeForConditionalGeneration": "qwen3.5-moe",
 }
-_HEAD_DIM = {"seed-oss": 128, "qwen3.5": 256, "qwen3.5-moe": 256}
+_HEAD_DIM = {"qwen3": 128, "seed-oss": 128, "qwen3.5": 256, "qwen3.5-moe": 256}
 """Dimensions of a head where config.json does not say and it is not the hidden size divided by the heads."""
 
 
@@ -171,8 +171,9 @@ def read_architecture(directory: str | Path) -> Architecture:
             f"{path} describes the architecture {names[0]}, which is not supported; the nearest supported one is "
             f"{nearest(names[0], tree)}, and docs/models.md lists all and tells how one is added."
         )
-    tree = qwen3_5.text_settings(tree, str(path))
-    if (setting := unsupported(tree)) is not None:
+    whole, tree = tree, qwen3_5.text_settings(tree, str(path))
+    setting = unsupported(tree) or (None if tree is whole else unsupported_beside_text(whole))
+    if setting is not None:
         raise UserError(f"{path} has {setting}, which is not supported; choose another model.")
     try:
         found = _architecture(FAMILIES[names[0]], tree, read_rope(tree, str(path)))

@@ -24,8 +24,8 @@ def text_settings(tree: dict, path: str) -> dict:
     text = tree.get("text_config")
     if not isinstance(text, dict):
         raise UserError(f"{path} lacks text_config; fetch the model again.")
-    tied = bool(tree.get("tie_word_embeddings", False))
-    if bool(text.get("tie_word_embeddings", tied)) != tied:
+    tied = tree.get("tie_word_embeddings", False)
+    if text.get("tie_word_embeddings", tied) != tied:
         raise UserError(
             f"{path} has tie_word_embeddings {str(tied).lower()} and another value in text_config, which libraries "
             f"read differently; make both the same."

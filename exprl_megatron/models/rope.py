@@ -109,15 +109,16 @@ def _rope(tree: dict) -> Rope:
     if not all(isinstance(section, dict) for section in sections):
         raise _Unsupported("rope settings that are not a table")
     name = (tree.get("architectures") or [""])[0]
-    share = _share([settings for settings in (*sections, tree) if "partial_rotary_factor" in settings], name)
+    share = _share(_given("partial_rotary_factor", sections, tree, _DEFAULT_SHARE.get(name, 1.0)), name)
     scalings = [_scaling(section, tree) for section in sections]
     if len({(kind, scaling) for kind, scaling in scalings}) > 1:
         raise _Unsupported("rope_parameters and rope_scaling that contradict each other")
-    bases = {settings["rope_theta"] for settings in (*sections, tree) if settings.get("rope_theta")}
+    values = _given("rope_theta", sections, tree, _DEFAULT_BASE.get(name, 10000.0))
+    bases = {_positive("rope_theta", value) for value in values}
     if len(bases) > 1:
-        raise _Unsupported(f"more than one rope_theta ({', '.join(map(str, sorted(bases)))})")
-    (base,) = bases or {_DEFAULT_BASE.get(name, 10000.0)}
-    if _positive("rope_theta", base) <= 1:
+        raise _Unsupported(f"more than one rope_theta ({', '.join(map(str, dict.fromkeys(values)))})")
+    (base,) = bases
+    if base <= 1:
         raise _Unsupported(f"rope_theta {base}, which is not above 1")
     rope = Rope(base, scalings[0][1] if scalings else None, share)
     if name in _DEFAULT_SHARE and rope.scaling is not None:
@@ -128,13 +129,23 @@ def _rope(tree: dict) -> Rope:
     return rope
 
 
-def _share(settings: list[dict], name: str) -> float:
-    """Return the share of a head that turns, of the `settings` that say so."""
-    shares = {section["partial_rotary_factor"] for section in settings} or {_DEFAULT_SHARE.get(name, 1.0)}
+def _given(setting: str, sections: list[dict], tree: dict, default: float) -> list:
+    """Return the values of `setting` for each of the `sections` and beside them.
+
+    transformers reads one section alone, `rope_scaling` before `rope_parameters`; what that one lacks is `tree`'s value
+    or the default.
+    """
+    beside = [tree[setting]] if setting in tree else []
+    return beside + [section.get(setting, tree.get(setting, default)) for section in sections or [tree]]
+
+
+def _share(values: list, name: str) -> float:
+    """Return the share of a head that turns, of the given `values`."""
+    shares = {_positive("partial_rotary_factor", value) for value in values}
     if len(shares) > 1:
         raise _Unsupported(f"more than one partial_rotary_factor ({', '.join(map(str, sorted(shares)))})")
     (share,) = shares
-    if share != 1 and (name not in _DEFAULT_SHARE or _positive("partial_rotary_factor", share) > 1):
+    if share != 1 and (name not in _DEFAULT_SHARE or share > 1):
         raise _Unsupported(f"partial_rotary_factor {share}")
     return share
 

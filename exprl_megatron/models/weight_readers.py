@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FLOATS = ("F32", "BF16", "F16")
+"""The dtypes of weights, as safetensors names them; those of quantized weights mean nothing without their scales."""
 _JOINED_EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 
 
@@ -30,7 +33,7 @@ class Safetensors:
     """The safetensors of a model directory, one file or several with an index; a context manager.
 
     Opening reads the headers alone and checks that they account for exactly the tensors of `architecture`,
-    shape by shape. Raises UserError otherwise, and for a missing, truncated or damaged file.
+    shape by shape and each once. Raises UserError otherwise, and for a missing, truncated or damaged file.
     """
 
     def __init__(self, directory: str | Path, architecture: Architecture):
@@ -40,7 +43,7 @@ class Safetensors:
         with ExitStack() as opened:
             for path in weight_files(self._directory):
                 file = opened.enter_context(open_safetensors(path))
-                self._files |= dict.fromkeys(file.keys(), file)
+                self._add(path, file)
             self._pieces = pieces(self._files, architecture)
             self._check(architecture)
             self._stack = opened.pop_all()
@@ -67,6 +70,15 @@ class Safetensors:
         """Return whether the files hold a tensor of that name."""
         return name in self._files or name in self._pieces
 
+    def _add(self, path: Path, file: Any) -> None:
+        for name in file.keys():  # noqa: SIM118
+            if name in self._files:
+                raise UserError(
+                    f"{self._directory} has the tensor {name} in {path.name} and in another file; fetch the model "
+                    f"again."
+                )
+            self._files[name] = file
+
     def _check(self, architecture: Architecture) -> None:
         shapes = hf_shapes(architecture)
         if architecture.tied and HEAD in self._files:
@@ -92,6 +104,7 @@ class Safetensors:
                     f"use weights that fit its config.json."
                 )
         self._check_shapes({name: shape for name, shape in shapes.items() if name not in self._pieces})
+        check_no_other_weights(self._directory, self._files.keys())
 
     def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         for name, shape in shapes.items():
@@ -100,6 +113,29 @@ class Safetensors:
                 raise UserError(
                     f"{self._directory}: tensor {name} has shape {found}, config.json says {shape}; "
                     f"use weights that fit its config.json."
+                )
+            if (dtype := self._files[name].get_slice(name).get_dtype()) not in FLOATS:
+                raise UserError(
+                    f"{self._directory}: tensor {name} has dtype {dtype}; use weights in {', '.join(FLOATS)}."
+                )
+
+
+def check_no_other_weights(directory: Path, names: Collection[str]) -> None:
+    """Check that no safetensors file beside `model.safetensors` has one of the tensors `names` too.
+
+    SGLang reads all files of a directory that has no index, and keeps the tensor of the last file.
+
+    Raises:
+        UserError: there is such a file.
+    """
+    if (directory / INDEX).is_file():
+        return
+    for path in sorted(set(directory.glob("*.safetensors")) - {directory / SINGLE}):
+        with open_safetensors(path) as file:
+            if found := sorted(set(names) & set(file.keys())):
+                raise UserError(
+                    f"{directory} has the tensor {found[0]} in {SINGLE} and in {path.name}, of which servers read the "
+                    f"latter; move it out of the directory."
                 )
 
 
@@ -190,11 +226,10 @@ def weight_files(directory: Path) -> list[Path]:
     """Return the safetensors of a model directory.
 
     Raises:
-        UserError: there are none, or one of the index is missing.
+        UserError: there are none, one of the index is missing, or it is unclear which are meant.
     """
-    index = directory / INDEX
+    index, single = directory / INDEX, directory / SINGLE
     if not index.is_file():
-        single = directory / SINGLE
         if not single.is_file():
             raise UserError(f"{directory} holds no safetensors weights; fetch the model again.")
         return [single]
@@ -205,6 +240,11 @@ def weight_files(directory: Path) -> list[Path]:
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise UserError(f"{directory} lacks {missing[0]}, which {INDEX} names; fetch the model again.")
+    if single.is_file() and SINGLE not in names:
+        raise UserError(
+            f"{directory} has both {SINGLE} and {INDEX}, which names other files: transformers reads the former and "
+            f"SGLang the latter; move one of them out of the directory."
+        )
     return [directory / name for name in names]
 
 

@@ -74,6 +74,7 @@ QWEN3_MOE = {
 MIXTRAL = {
     **{key: value for key, value in QWEN3.items() if key not in ("head_dim", "attention_bias")},
     "architectures": ["MixtralForCausalLM"],
+    "tie_word_embeddings": False,
     "intermediate_size": 14336,
     "num_experts_per_tok": 2,
     "num_local_experts": 8,

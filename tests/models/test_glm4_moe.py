@@ -122,7 +122,9 @@ def test_what_one_of_the_libraries_would_compute_otherwise_is_refused_by_name(tm
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3MoeForCausalLM"])
 def test_a_share_of_a_head_turns_in_no_other_family(tmp_path, name):
     with pytest.raises(UserError, match=r"partial_rotary_factor 0\.5"):
-        read_architecture(written(tmp_path, AIR | {"architectures": [name], "attention_bias": False}))
+        read_architecture(
+            written(tmp_path, AIR | {"architectures": [name], "model_type": None, "attention_bias": False})
+        )
 
 
 def test_tensor_parallelism_must_divide_dense_layers_and_shared_experts():

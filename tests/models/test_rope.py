@@ -30,7 +30,8 @@ def both_forms(section: dict, base: float = 5e5) -> list[Rope]:
         read(rope_scaling=section, rope_theta=base),
         read(rope_scaling=old, rope_theta=base),
         read(rope_parameters=section | {"rope_theta": base}),
-        read(rope_parameters=section | {"rope_theta": base}, rope_scaling=section),
+        read(rope_parameters=section | {"rope_theta": base}, rope_scaling=section | {"rope_theta": base}),
+        read(rope_parameters=section, rope_scaling=section, rope_theta=base),
     ]
 
 
@@ -49,7 +50,7 @@ def both_forms(section: dict, base: float = 5e5) -> list[Rope]:
     ],
 )
 def test_settings_are_read_in_the_published_form_and_in_that_of_transformers_5(section, scaling):
-    assert both_forms(section) == [Rope(5e5, scaling)] * 4
+    assert both_forms(section) == [Rope(5e5, scaling)] * 5
 
 
 def test_what_is_left_out_is_what_transformers_puts_there():
@@ -88,7 +89,7 @@ REFUSED = {
     "a broken length": (YARN | {"original_max_position_embeddings": 0.5}, "0.5, which is not a whole number"),
     "no table": (["yarn"], "rope settings that are not a table"),
     "one for each kind of layer": ({"full_attention": {"rope_type": "yarn"}}, "rope settings for each kind of layer"),
-    "partial rotation": ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    "partial rotation": ({"rope_type": "default", "partial_rotary_factor": 0.5}, r"partial_rotary_factor \(?0.5"),
     "bounds the wrong way round": (LLAMA3 | {"low_freq_factor": 8.0}, "high_freq_factor 4, which is not above"),
 }
 
@@ -126,6 +127,18 @@ def test_attention_factors_that_transformers_and_sglang_read_differently_are_ref
         ({"rope_parameters": LLAMA3 | {"rope_theta": 1e6}, "rope_theta": 5e5}, "more than one rope_theta"),
         ({"rope_scaling": YARN, "original_max_position_embeddings": 4096}, "4096 outside the rope settings and 32768"),
         ({"rope_theta": 1}, "rope_theta 1, which is not above 1"),
+        # transformers reads rope_scaling alone, and the default of what it lacks.
+        (
+            {"rope_parameters": YARN | {"rope_theta": 1e6}, "rope_scaling": YARN},
+            r"more than one rope_theta \(1000000.0, 10000.0\)",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"rope_type": "default"}},
+            r"more than one rope_theta \(1000000.0, 10000.0\)",
+        ),
+        ({"rope_theta": None}, "rope_theta None, which is no positive number"),
+        ({"rope_theta": 0}, "rope_theta 0, which is no positive number"),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_theta None, which is no positive number"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ],
 )
