@@ -47,11 +47,11 @@ _NUMBERS = ("initializer_range", "rms_norm_eps", "routed_scaling_factor")
 def wrongly_typed(tree: dict) -> str | None:
     """Return the first setting of the config.json `tree` that is not of its type, as a noun phrase; None: all are."""
     for names, is_right, expected in (
-        (_WHOLE, lambda value: _is_whole(value, 1), "no whole number of 1 or more"),
-        (_WHOLE_OR_NULL, lambda value: value is None or _is_whole(value, 1), "no whole number of 1 or more"),
-        (_COUNTS, lambda value: _is_whole(value, 0), "no whole number of 0 or more"),
+        (_WHOLE, lambda value: _is_whole(value, 1), "not a whole number of 1 or more"),
+        (_WHOLE_OR_NULL, lambda value: value is None or _is_whole(value, 1), "not a whole number of 1 or more"),
+        (_COUNTS, lambda value: _is_whole(value, 0), "not a whole number of 0 or more"),
         (_FLAGS, lambda value: isinstance(value, bool), "neither true nor false"),
-        (_NUMBERS, _is_number, "no number"),
+        (_NUMBERS, _is_number, "not a number"),
     ):
         for name in names:
             if name in tree and not is_right(tree[name]):

@@ -136,9 +136,9 @@ def test_attention_factors_that_transformers_and_sglang_read_differently_are_ref
             {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"rope_type": "default"}},
             r"more than one rope_theta \(1000000.0, 10000.0\)",
         ),
-        ({"rope_theta": None}, "rope_theta None, which is no positive number"),
-        ({"rope_theta": 0}, "rope_theta 0, which is no positive number"),
-        ({"rope_parameters": {"rope_theta": None}}, "rope_theta None, which is no positive number"),
+        ({"rope_theta": None}, "rope_theta None, which is not a positive number"),
+        ({"rope_theta": 0}, "rope_theta 0, which is not a positive number"),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_theta None, which is not a positive number"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ],
 )
