@@ -1,7 +1,10 @@
 """Progress of a run: what a checkpoint contains in addition to the state of the policy."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from exprl_megatron.rollout.group import Group
 
 CUSTOM_STAGE = "custom_stage"
 """The key of a checkpoint's record with the state of a stage of the user's own."""
@@ -33,6 +36,17 @@ class RunProgress:
     def after_stage(self) -> "RunProgress":
         """Return the progress at the start of the next stage."""
         return replace(self, stage=self.stage + 1, step=0, prompts_consumed=0)
+
+    def after_sampling(self, groups: Sequence[Group], prompts_consumed: int) -> "RunProgress":
+        """Return the progress when a step has sampled `groups` of the next `prompts_consumed` problems."""
+        samples = [sample for group in groups for sample in group.samples]
+        return replace(
+            self,
+            prompts_consumed=self.prompts_consumed + prompts_consumed,
+            traces=self.traces + len(samples),
+            tokens=self.tokens + sum(len(sample.trace.token_ids) for sample in samples),
+            abstentions=self.abstentions + sum(sample.reward is None for sample in samples),
+        )
 
     def to_dict(self) -> dict:
         """Convert to plain values for a checkpoint, where `prompts_consumed` has the name `problems_drawn`."""

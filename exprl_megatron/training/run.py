@@ -1,32 +1,26 @@
 """A run in progress: its policy, its progress and its servers, with the operations that the algorithm calls."""
 
 import math
-import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 
 from exprl_megatron.algorithms.batch import LossFunction, SampleOrOutline, TrainSample
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.config.stage_kinds import CustomStageConfig
 from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage, SftStage, Stage
 from exprl_megatron.errors import GradientNotFinite, Preempted, RunStopped
 from exprl_megatron.models.tokenizer import load_tokenizer
-from exprl_megatron.policy.checkpoint import load_checkpoint, save_checkpoint
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.scatter import SampleScatter
 from exprl_megatron.problems.sources import load_problems
-from exprl_megatron.reporting.timeline import ROLLOUTS, STEP
 from exprl_megatron.rollout.group import Group, StepInfo
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal, SampledStep
-from exprl_megatron.runs.progress import CUSTOM_STAGE, RunProgress, custom_stage_state
+from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.training.custom_metrics import StepMetrics, custom_step_metrics, log_failures
 from exprl_megatron.training.evaluator import Evaluator, evaluation_name
 from exprl_megatron.training.examples import ExampleReader
@@ -35,10 +29,13 @@ from exprl_megatron.training.log_prob_gap import check_log_prob_gap, gap_bound
 from exprl_megatron.training.phase_switch import PhaseSwitch
 from exprl_megatron.training.prefetch import RolloutPrefetch
 from exprl_megatron.training.ref_scorer import RefScorer
+from exprl_megatron.training.rollout_phase import RolloutPhase
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run_logger import RunLogger
+from exprl_megatron.training.run_saves import RunSaves
 from exprl_megatron.training.skipped_updates import SkippedUpdates, nonfinite_gradient_error
 from exprl_megatron.training.statistics import staleness_statistics
+from exprl_megatron.training.step_record import StepRecord
 from exprl_megatron.training.teacher import teacher_prompts
 from exprl_megatron.training.train_samples import TokenAdvantages
 from exprl_megatron.training.trainer_log_probs import TrainerLogProbs
@@ -98,17 +95,13 @@ class Run:
         self._scatter = SampleScatter(policy)
         # They are used only in work for rank 0, where they exist.
         self._rollouts = cast(Rollouts, rank_zero.rollouts)
-        self._prefetch = cast(RolloutPrefetch, rank_zero.prefetch)
+        prefetch = cast(RolloutPrefetch, rank_zero.prefetch)
         self._evaluator = cast(Evaluator, rank_zero.evaluator)
         self._logger = rank_zero.logger
         self._progress, self._resumed_from = start
         self._examples: ExampleReader | None = None
         self._teacher_prompts: dict[str, tuple[int, ...]] = {}
-        self._seconds: dict[str, float] = {}
-        self._step_counts: dict[str, float] = {}
-        self._sync_metrics: dict[str, float] = {}
-        self._updates_in_step = 0
-        self._current_step = ("", 0)
+        self._record = StepRecord(rank_zero.logger)
         self._trained_stages: set[str] = set()
         self._assertions = AssertionCounts()
         self._step_metrics: StepMetrics | None = None
@@ -117,6 +110,10 @@ class Run:
             if config.journal.trainer_log_probs and config.learns
             else None
         )
+        self._rollout_phase = RolloutPhase(
+            coordinator, servers.phases, self._rollouts, prefetch, self._record, self._assertions
+        )
+        self._saves = RunSaves(config, directory, policy, coordinator, self._rollouts, self._trainer_log_probs)
 
     def remaining_stages(self) -> Iterator[Stage]:
         """Yield the stages that are not finished, and record each one as finished afterwards."""
@@ -137,10 +134,7 @@ class Run:
         if needs_ref_policy and self._ref_scorer is not None:
             self._ref_scorer.begin_stage(stage.name)
         if self._resumed_from is not None and self._progress.step > 0:
-            record = load_checkpoint(self._resumed_from, self.policy)
-            if isinstance(stage, CustomStageConfig):
-                state = custom_stage_state(record)
-                self._coordinator.on_rank0(lambda: self._rollouts.custom_stage(stage).load_state(state))
+            self._saves.load_checkpoint(self._resumed_from, stage)
         self._resumed_from = None
         self._examples = ExampleReader(self.config, stage) if isinstance(stage, SftStage) else None
         if self._examples is not None and self._logger is not None and self._examples.dropped:
@@ -152,23 +146,13 @@ class Run:
 
         Where the stage has `max_staleness`, some tokens may be older, and sampling of the next steps is started.
         """
-        version, prompts_consumed = self.weight_version, self._progress.prompts_consumed
-        if self._coordinator.broadcast_from_rank0(lambda: self._prefetch.needs_weights(stage, step, version)):
-            with self.clock("sync"):
-                self._sync_weights(version)
-        with self.clock(ROLLOUTS):
-            work = self._coordinator.on_rank0(lambda: self._prefetch.start(stage, step, prompts_consumed, version))
-            while (waiting := self._waiting_for(work)) != "done":
-                if waiting == "weights":
-                    self._sync_weights(version)
-            sampled = self._coordinator.on_rank0(lambda: self._prefetch.take(stage, step))
-            self._coordinator.broadcast_run(lambda: self._rollouts.check_served())
-        self._phases.switch_to_training()
-        self._step_counts = {} if sampled is None else self._counts(stage, sampled)
+        sampled = self._rollout_phase.sample(stage, step, self._progress.prompts_consumed, self.weight_version)
+        groups, consumed = ([], 0) if sampled is None else (sampled.groups, sampled.prompts_consumed)
+        self._record.counts = {} if sampled is None else self._counts(stage, sampled)
         if sampled is not None and self._logger is not None:
-            self._logger.sampled(stage, step, sampled.groups, self._rollouts.problems.texts(stage))
-        self._progress = self._coordinator.broadcast_from_rank0(lambda: self._progress_after(sampled))
-        return [] if sampled is None else sampled.groups
+            self._logger.sampled(stage, step, groups, self._rollouts.problems.texts(stage))
+        self._progress = self._coordinator.broadcast_from_rank0(lambda: self._progress.after_sampling(groups, consumed))
+        return groups
 
     def on_rank0(self, work: Callable[[], T]) -> T | None:
         """Return the result of `work` on rank 0, None elsewhere; an error on rank 0 ends every rank."""
@@ -183,7 +167,7 @@ class Run:
     def custom_advantages(self, stage: RlStage, step: int, groups: list[Group]) -> list[list[TokenAdvantages]]:
         """Let a stage of the user's own choose what is learned from `groups`, on rank 0; see update_samples."""
         advantages, metrics = self._rollouts.custom_stage(stage).learn(step, groups)
-        self._step_counts |= metrics
+        self._record.counts |= metrics
         return advantages
 
     def scattered(self, batches: Callable[[], Sequence[Batches]]) -> list[Batches]:
@@ -222,7 +206,7 @@ class Run:
         Raises:
             RunStopped: a gradient is not finite. A resumed run that gets the same gradient skips the update.
         """
-        self._updates_in_step += 1
+        self._record.updates += 1
         try:
             update = self.policy.apply_update(gradient_scale)
         except GradientNotFinite as error:
@@ -242,10 +226,10 @@ class Run:
             check_log_prob_gap(metrics, gap_bound(self.config, first))
         except RunStopped:
             # The log-probs show which tokens differ.
-            self._write_trainer_log_probs(*self._current_step)
+            self._write_trainer_log_probs(*self._record.place)
             raise
         self._progress = replace(self._progress, first_gap=metrics.get("sampler_gap/mean") if first is None else first)
-        replays, first_in_step = bool(self.config.policy.router_replay), not self._updates_in_step
+        replays, first_in_step = bool(self.config.policy.router_replay), not self._record.updates
         if self.config.debug.assertions and first_in_step:
             check_first_update(stage.name, self._progress.step + 1, metrics, replays)
         self._assertions.updated(self._progress.step + 1, metrics, first_in_step, replays)
@@ -253,10 +237,7 @@ class Run:
     @contextmanager
     def step(self, stage: Stage, step: int) -> Iterator[dict[str, float]]:
         """Measure one step; at its end, print its line and write its metrics."""
-        started, at = time.monotonic(), time.time()
-        self._seconds, self._step_counts = {}, {}
-        self._current_step = (stage.name, step)
-        self._updates_in_step = 0
+        self._record.begin(stage.name, step)
         metrics: dict[str, float] = {}
         yield metrics
         if isinstance(stage, RlStage):
@@ -264,22 +245,14 @@ class Run:
         collect()
         self._trained_stages.add(stage.name)
         self._progress = replace(self._progress, step=step)
-        metrics |= self._step_counts | self._sync_metrics | self._phases.take_memory_stats()
-        self._sync_metrics = {}
-        metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
-        metrics["seconds/step"] = time.monotonic() - started
-        self._record_span(STEP, at)
+        metrics |= self._phases.take_memory_stats() | self._record.finish()
         if self._logger is not None:
             metrics |= self._rollouts.take_metrics(stage.name, step)
             self._logger.step_done(stage, step, metrics)
 
-    @contextmanager
-    def clock(self, name: str) -> Iterator[None]:
+    def clock(self, name: str) -> AbstractContextManager[None]:
         """Add the seconds spent inside to the step's metric `seconds/NAME`, and record a span of the timeline."""
-        started, at = time.monotonic(), time.time()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
-        self._record_span(name, at)
+        return self._record.clock(name)
 
     def checkpoint_if_due(self, stage: Stage, step: int) -> None:
         """Write a checkpoint every `checkpoint.every_steps` steps, after the last step, and when asked to stop.
@@ -293,44 +266,20 @@ class Run:
         due = asked_to_stop or step % checkpoint.every_steps == 0 or step == stage.steps
         if due and self.config.learns:
             with self.clock("save"):
-                if self._trainer_log_probs is not None:
-                    # A resumed run does not repeat the steps before the checkpoint.
-                    self._trainer_log_probs.wait()
-                save_checkpoint(self._directory.checkpoints, self.policy, self._record(stage), keep=checkpoint.keep)
+                self._saves.save_checkpoint(stage, self._progress)
             if self._coordinator.is_rank0 and isinstance(stage, RlStage):
-                self._rollouts.prune_log(stage, step)
-                if self._trainer_log_probs is not None and self.config.journal.keep_steps is not None:
-                    self._trainer_log_probs.files.keep_newest(stage.name, step, self.config.journal.keep_steps)
+                self._saves.prune_logs(stage, step)
         if asked_to_stop:
             raise Preempted(
                 f"The run was asked to stop and did so after step {step} of {stage.name}"
                 f"{', with a checkpoint' if self.config.learns else ''}; continue with --resume."
             )
 
-    def _record(self, stage: Stage) -> dict[str, Any]:
-        """Return what a checkpoint has in addition to the policy, as rank 0 counts it."""
-        record = self._progress.to_dict()
-        if isinstance(stage, CustomStageConfig):
-            record[CUSTOM_STAGE] = self._coordinator.on_rank0(lambda: self._rollouts.custom_stage(stage).state()) or {}
-        return record
-
     def close_stage(self, stage: Stage) -> None:
         """Save the stage's weights in Hugging Face format, once, if the run learns: copies would look like results."""
         if not self.config.learns:
             return
-        if isinstance(stage, CustomStageConfig):
-            rl_stage = cast(RlStage, stage)
-            self._coordinator.on_rank0(
-                lambda: self._rollouts.problems.write_kept(rl_stage, self._rollouts.custom_stage(rl_stage))
-            )
-        target = self._directory.models / stage.name
-        if stage.name not in self._trained_stages and self._coordinator.broadcast_from_rank0(target.is_dir):
-            return
-        # A run that resumed from an older checkpoint, since a newer one was damaged, already has a model of this stage.
-        former = target.with_name(target.name + ".former")
-        self._coordinator.on_rank0(lambda: _rename(target, former))
-        self.policy.save_huggingface(target)
-        self._coordinator.on_rank0(lambda: shutil.rmtree(former, ignore_errors=True))
+        self._saves.save_stage(stage, learned=stage.name in self._trained_stages)
 
     def evaluate(self, stage: Stage | None = None, step: int | None = None) -> None:
         """Measure pass@k of the current weights on the held-out problems, unless that was done.
@@ -348,37 +297,8 @@ class Run:
             return
         name = evaluation_name(stage, step)
         if not self._coordinator.broadcast_from_rank0(lambda: self._evaluator.done(name)):
-            self._measure(name)
+            self._rollout_phase.evaluate(self._evaluator, name, self.weight_version)
         self._coordinator.on_rank0(lambda: self._evaluator.log(stage, step))
-
-    def _sync_weights(self, version: str) -> None:
-        """Send the policy's weights to the servers that lack them.
-
-        Its metrics are those of the step in progress, or of the next one where the sync is for an evaluation. A sync
-        that has nothing to send, since the servers have the version, has no metrics.
-        """
-        metrics = self._phases.sync_weights(version)
-        self._assertions.synced(metrics)
-        self._sync_metrics = metrics or self._sync_metrics
-
-    def _measure(self, name: str) -> None:
-        """Evaluate the current weights as `name`; steps in flight continue under these weights in the meantime."""
-        version = self.weight_version
-        self._coordinator.broadcast_from_rank0(lambda: self._prefetch.pause(version))
-        self._sync_weights(version)
-        self._coordinator.broadcast_from_rank0(lambda: self._prefetch.resume())
-        work = self._coordinator.on_rank0(lambda: self._coordinator.start(self._evaluator.evaluate(name, version)))
-        while (waiting := self._waiting_for(work)) != "done":
-            if waiting == "weights":
-                self._sync_weights(version)
-            elif self._coordinator.asked_to_stop():
-                self._coordinator.on_rank0(lambda: work.cancel())
-                raise Preempted(
-                    f"The run was asked to stop and did so in the evaluation of {name}; "
-                    "continue with --resume, which repeats it."
-                )
-        self._coordinator.broadcast_from_rank0(lambda: work.result())
-        self._phases.switch_to_training()
 
     def close_logs(self, deadline_s: float) -> None:
         """Close logs and trackers of a run that ended early, within about `deadline_s` seconds."""
@@ -399,33 +319,20 @@ class Run:
 
     def _stop_unless_known(self, error: GradientNotFinite) -> None:
         """Raise RunStopped, unless an earlier attempt of the run had the same gradient that is not finite."""
-        stage, step = self._current_step
+        stage, step = self._record.place
         skipped = SkippedUpdates(self._directory.skipped_updates)
-        if self._coordinator.broadcast_from_rank0(lambda: skipped.add(stage, step, self._updates_in_step)):
+        if self._coordinator.broadcast_from_rank0(lambda: skipped.add(stage, step, self._record.updates)):
             self._coordinator.on_rank0(lambda: self._logger.log(f"{error} again; step {step} of {stage} is skipped"))
             return
         journal = Journal(RunDirectory(self.config.debug.rollouts or self._directory.root).journal)
         traces = journal.path(stage, step) if self._examples is None else None
         raise nonfinite_gradient_error(error, stage, step, traces)
 
-    def _waiting_for(self, work: Future | None) -> str:
-        """Wait briefly for rank 0's `work` with the servers; returns its state on every rank (see ServerPool.wait_for).
-
-        It is called in a loop, so that the ranks stay in contact regardless of how long the work takes.
-        """
-        return self._coordinator.broadcast_from_rank0(
-            lambda: "done" if work is None else self._coordinator.run(self._rollouts.wait_for(work))
-        )
-
     def _write_trainer_log_probs(self, stage: str, step: int, wait: bool = True) -> None:
         if self._trainer_log_probs is not None:
             self._trainer_log_probs.write(stage, step)
             if wait:
                 self._trainer_log_probs.wait()
-
-    def _record_span(self, name: str, start: float) -> None:
-        if self._logger is not None:
-            self._logger.span(*self._current_step, name, start)
 
     def _read_teacher_prompts(self, stage: SelfDistillStage) -> dict[str, tuple[int, ...]]:
         tokenizer = load_tokenizer(self.config.policy.model)
@@ -436,20 +343,3 @@ class Run:
         judged = isinstance(stage, JudgedStage)
         counts = {f"judge/{name}": float(count) for name, count in sampled.judge_counts.items()} if judged else {}
         return counts | (staleness_statistics(sampled.groups, self._progress.updates) if stage.max_staleness else {})
-
-    def _progress_after(self, sampled: SampledStep) -> RunProgress:
-        samples = [sample for group in sampled.groups for sample in group.samples]
-        return replace(
-            self._progress,
-            prompts_consumed=self._progress.prompts_consumed + sampled.prompts_consumed,
-            traces=self._progress.traces + len(samples),
-            tokens=self._progress.tokens + sum(len(sample.trace.token_ids) for sample in samples),
-            abstentions=self._progress.abstentions + sum(sample.reward is None for sample in samples),
-        )
-
-
-def _rename(directory: Path, name: Path) -> None:
-    """Rename `directory` to `name`, which is deleted first; does nothing where there is no `directory`."""
-    if directory.is_dir():
-        shutil.rmtree(name, ignore_errors=True)
-        directory.rename(name)

@@ -22,8 +22,10 @@ from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.training import evaluator, loop
 from exprl_megatron.training.evaluator import Evaluator
 from exprl_megatron.training.first_update import AssertionCounts
+from exprl_megatron.training.rollout_phase import RolloutPhase
 from exprl_megatron.training.run import Run
 from exprl_megatron.training.run_logger import RunLogger
+from exprl_megatron.training.step_record import StepRecord
 from exprl_megatron.utils.files import keep_private
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.9, "top_k": 5, "max_new_tokens": 7}
@@ -127,7 +129,10 @@ class Evaluating(Run):
         self._logger = RunLogger(config, paths, self._progress)
         self._evaluator = Evaluator(config, paths, self.servers, self.servers, self._logger)
         self._trained_stages, self._assertions = set(), AssertionCounts()
-        self._sync_metrics = {}
+        self._record = StepRecord(self._logger)
+        self._rollout_phase = RolloutPhase(
+            self._coordinator, self.servers, self.servers, self.servers, self._record, self._assertions
+        )
         self._trainer_log_probs = None
 
     def open_stage(self, stage):

@@ -17,6 +17,7 @@ from exprl_megatron.runs.journal import SampledStep
 from exprl_megatron.runs.log_prob_files import TrainerLogProbFiles
 from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.training import run as module
+from exprl_megatron.training import run_saves
 
 
 class Parts:
@@ -94,14 +95,14 @@ def run_of(of_config, parts, progress=None, checkpoint=None, scorer=None):
         progress=progress,
         checkpoint=checkpoint,
     )
-    made._current_step = (of_config.stages[0].name, 1)
+    made._record.begin(of_config.stages[0].name, 1)
     return made
 
 
 @pytest.fixture
 def loaded(monkeypatch):
     """The checkpoints that were loaded, among the events of the parts."""
-    monkeypatch.setattr(module, "load_checkpoint", lambda path, policy: policy.events.append(f"load {path}"))
+    monkeypatch.setattr(run_saves, "load_checkpoint", lambda path, policy: policy.events.append(f"load {path}"))
 
 
 KL = {"loss": {"kl_coefficient": 0.1}}
@@ -155,7 +156,7 @@ def test_groups_are_sampled_under_the_newest_weights_and_the_servers_are_checked
     assert parts.events == ["sync v7", ("start", 3, 6, "v7"), ("take", 3), "check served", "train"]
     assert groups == parts.sampled.groups
     assert made._progress == RunProgress(0, 2, 7, prompts_consumed=8, traces=3, tokens=18, abstentions=1)
-    assert made._step_counts == {"judge/asked": 3.0} and made._sync_metrics == {"sync/seconds": 1.0}
+    assert made._record.counts == {"judge/asked": 3.0} and made._record.finish()["sync/seconds"] == 1.0
 
 
 def test_where_the_log_has_the_step_no_weights_are_sent(tmp_path):
@@ -175,7 +176,7 @@ def test_an_update_counts_once_it_is_taken_and_names_the_next_version(tmp_path):
     made = run_of(config(tmp_path, {"name": "a"}), Parts())
     assert made.apply_update(0.5) == {"grad_norm": 1.0, "learning_rate": 0.5}
     assert made.policy.events == [("update", 0.5)]
-    assert (made.weight_version, made._updates_in_step) == ("v1", 1)
+    assert (made.weight_version, made._record.updates) == ("v1", 1)
 
 
 def test_objects_are_looked_through_at_the_end_of_a_step(tmp_path, monkeypatch):
@@ -268,15 +269,15 @@ class Counting:
 def test_a_checkpoint_has_the_state_of_the_users_own_stage_and_a_resumed_run_continues_with_it(tmp_path, monkeypatch):
     (of_stage,) = (of_config := config(tmp_path, CUSTOM)).stages
     records, counting, parts = [], Counting(), Parts()
-    monkeypatch.setattr(module, "save_checkpoint", lambda root, policy, record, keep: records.append(record))
+    monkeypatch.setattr(run_saves, "save_checkpoint", lambda root, policy, record, keep: records.append(record))
     parts.custom_stage = lambda stage: counting
     made = run_of(of_config, parts, RunProgress(step=4, updates=2))
     assert made.custom_advantages(of_stage, 4, ["one", "two"]) == [["advantages"]]
-    assert made._step_counts == {"custom/learned": 2.0}
+    assert made._record.counts == {"custom/learned": 2.0}
     made.checkpoint_if_due(of_stage, 4)
     assert RunProgress.from_dict(records[0]) == made._progress
     counting = Counting()
-    monkeypatch.setattr(module, "load_checkpoint", lambda path, policy: records[0])
+    monkeypatch.setattr(run_saves, "load_checkpoint", lambda path, policy: records[0])
     run_of(of_config, parts, RunProgress(step=3), "checkpoint-1").open_stage(of_stage)
     assert counting.learned == 2
 
@@ -299,7 +300,7 @@ def saved(monkeypatch):
     def save(root, policy, record, keep):
         policy.events.append(("save", record["step"], keep))
 
-    monkeypatch.setattr(module, "save_checkpoint", save)
+    monkeypatch.setattr(run_saves, "save_checkpoint", save)
 
 
 def test_checkpoints_are_written_every_n_steps_and_after_the_last_and_the_log_is_pruned_only_afterwards(
@@ -336,7 +337,7 @@ def test_the_trainers_log_probs_of_a_step_are_on_disk_before_the_checkpoint_that
     made, learn = _keeping(tmp_path)
     (stage,), files = made.config.stages, TrainerLogProbFiles(tmp_path / "trainer_log_probs")
     there = []
-    monkeypatch.setattr(module, "save_checkpoint", lambda *_, **__: there.append(files.read("a", step) is not None))
+    monkeypatch.setattr(run_saves, "save_checkpoint", lambda *_, **__: there.append(files.read("a", step) is not None))
     for step in range(1, 5):
         with made.step(stage, step):
             learn(-float(step))
