@@ -157,6 +157,7 @@ def test_groups_are_sampled_under_the_newest_weights_and_the_servers_are_checked
     assert groups == parts.sampled.groups
     assert made._progress == RunProgress(0, 2, 7, prompts_consumed=8, traces=3, tokens=18, abstentions=1)
     assert made._record.counts == {"judge/asked": 3.0} and made._record.finish()["sync/seconds"] == 1.0
+    assert made._assertions.syncs == 1
 
 
 def test_where_the_log_has_the_step_no_weights_are_sent(tmp_path):
@@ -177,6 +178,17 @@ def test_an_update_counts_once_it_is_taken_and_names_the_next_version(tmp_path):
     assert made.apply_update(0.5) == {"grad_norm": 1.0, "learning_rate": 0.5}
     assert made.policy.events == [("update", 0.5)]
     assert (made.weight_version, made._record.updates) == ("v1", 1)
+
+
+def test_the_updates_of_a_step_are_counted_from_its_start(tmp_path, monkeypatch):
+    of_config, parts = config(tmp_path, {"name": "a"}), Parts()
+    parts.take_memory_stats = parts.take_metrics = lambda *_: {}
+    made, counted = run_of(of_config, parts), []
+    for step in (1, 2):
+        with made.step(of_config.stages[0], step):
+            made.apply_update()
+            counted.append(made._record.updates)
+    assert counted == [1, 1] and made.weight_version == "v2"
 
 
 def test_objects_are_looked_through_at_the_end_of_a_step(tmp_path, monkeypatch):
@@ -291,6 +303,20 @@ def test_a_stage_of_the_users_own_writes_at_its_end_which_problems_it_kept_and_o
     for stage in of_config.stages:
         made.close_stage(stage)
     assert parts.events == ["kept a by hooks of a", "model a", "model b"]
+
+
+@pytest.mark.parametrize(("learned", "written"), [(True, ["model a"]), (False, [])])
+def test_a_model_that_is_there_is_written_again_only_where_this_process_has_learned(tmp_path, learned, written):
+    of_config, parts = config(tmp_path, {"name": "a"}), Parts()
+    parts.save_huggingface = lambda target: parts.events.append(f"model {target.name}")
+    parts.take_memory_stats = parts.take_metrics = lambda *_: {}
+    made = run_of(of_config, parts, RunProgress(step=3))
+    (made._directory.models / "a").mkdir(parents=True)
+    if learned:
+        with made.step(of_config.stages[0], 4):
+            pass
+    made.close_stage(of_config.stages[0])
+    assert parts.events == written
 
 
 @pytest.fixture
