@@ -13,8 +13,7 @@ from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.training import assemble as assembly
-from exprl_megatron.training import phase_switch
-from exprl_megatron.training import run as running
+from exprl_megatron.training import phase_switch, run_saves
 
 ASLEEP = "/release_memory_occupation"
 ORDER = [ASLEEP, "policy", "stage"]
@@ -76,9 +75,9 @@ def events(server, monkeypatch):
         server.events.append("checkpoint")
         load_checkpoint(*arguments)
 
-    load_checkpoint = running.load_checkpoint
+    load_checkpoint = run_saves.load_checkpoint
     monkeypatch.setattr(assembly, "Policy", Noted)
-    monkeypatch.setattr(running, "load_checkpoint", load)
+    monkeypatch.setattr(run_saves, "load_checkpoint", load)
     return server.events
 
 
