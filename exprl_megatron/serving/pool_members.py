@@ -130,7 +130,11 @@ class PoolMembers:
             replica.state = "pending"
 
     async def next_change(self) -> None:
-        """Sleep for a poll interval. Raises ServerError where there has been no server for start_deadline_s."""
+        """Sleep for a poll interval.
+
+        Raises:
+            ServerError: there has been no server for start_deadline_s.
+        """
         self.raise_watch_error()
         if asyncio.get_running_loop().time() - self._no_server_since > self._config.start_deadline_s:
             raise ServerError(
