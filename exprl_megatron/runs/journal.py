@@ -17,6 +17,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.journal_v1 import read_v1
 from exprl_megatron.runs.rollout_table import SCHEMA, batch_of, groups_of, rows_of
+from exprl_megatron.utils.arrow_memory import allocate_by_malloc
 from exprl_megatron.utils.files import open_atomically
 
 VERSION = 3
@@ -103,6 +104,7 @@ def write_step(path: Path, sampled: SampledStep) -> None:
     """Write a step's traces and judgements to `path`; the file is complete on disk when this returns."""
     counts = {"version": VERSION, "problems_drawn": sampled.prompts_consumed, "judge_counts": sampled.judge_counts}
     rows = rows_of(sampled.groups)
+    allocate_by_malloc()
     with (
         open_atomically(path) as file,
         pq.ParquetWriter(
@@ -127,6 +129,7 @@ def read_step(path: Path) -> SampledStep:
     Raises:
         UserError: a later version of the program wrote the file, and one of DAMAGE where it is damaged.
     """
+    allocate_by_malloc()
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         counts = json.loads(file.schema_arrow.metadata[_METADATA])
         version = counts.pop("version")

@@ -9,6 +9,7 @@ import numpy as np
 
 from exprl_megatron.errors import RequestRefused, WeightsReplaced
 from exprl_megatron.models.routing import Routing
+from exprl_megatron.serving.flat_log_probs import FLAT_REQUESTED
 from exprl_megatron.serving.generation import (
     ExpectedReply,
     Generation,
@@ -104,7 +105,7 @@ class SGLangClient(HttpClient):
             params["json_schema"] = json_schema
         asked = self._asked(max_new_tokens, log_probs, watched_ids, routing)
         request = {"input_ids": _listed(input_ids), "sampling_params": params, "return_logprob": asked.log_probs}
-        request |= _experts_wanted(asked)
+        request |= _forms_wanted(asked)
         if watched_ids:
             request["token_ids_logprob"] = list(watched_ids)
         limit = _limit(asked, len(input_ids), max_new_tokens)
@@ -139,7 +140,7 @@ class SGLangClient(HttpClient):
             "sampling_params": [params | {"sampling_seed": seed} for seed in seeds],
             "return_logprob": asked.log_probs,
         }
-        request |= _experts_wanted(asked)
+        request |= _forms_wanted(asked)
         if watched_ids:
             request["token_ids_logprob"] = [list(watched_ids)] * len(prompts)
         limit = sum(_limit(asked, len(prompt), max_new_tokens) for prompt in prompts)
@@ -398,8 +399,10 @@ class SGLangClient(HttpClient):
         return reply
 
 
-def _experts_wanted(asked: ExpectedReply) -> dict[str, bool]:
-    return {} if asked.routing is None else {"return_routed_experts": True}
+def _forms_wanted(asked: ExpectedReply) -> dict[str, bool]:
+    """Return the fields of a request for the arrays that the reply is expected to have."""
+    experts = {} if asked.routing is None else {"return_routed_experts": True}
+    return experts | (FLAT_REQUESTED if asked.log_probs else {})
 
 
 def _limit(asked: ExpectedReply, prompt_tokens: int, new_tokens: int) -> int:

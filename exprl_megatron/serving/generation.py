@@ -1,8 +1,9 @@
 """What SGLang's /generate answers, from the bytes of the reply to arrays, without a Python object for every token.
 
-A reply of n tokens is some 46 n bytes, most of them the list `output_token_logprobs` of [log-prob, id, null]. That list
-is cut out of the reply by its key, which no JSON string can hold unescaped, and its numbers are parsed where they are;
-the rest is decoded as typed structs. A reply in any other form is refused.
+A server that we start sends log-probs as arrays in base64 (see flat_log_probs.py). SGLang's own reply of n tokens is
+some 46 n bytes, most of them the list `output_token_logprobs` of [log-prob, id, null]. Either is cut out of the reply
+by its key, which no JSON string can hold unescaped, and a list's numbers are parsed where they are; the rest is decoded
+as typed structs. A reply in any other form is refused.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from exprl_megatron.models.routing import Routing
+from exprl_megatron.serving.flat_log_probs import cut_flat_log_probs
 from exprl_megatron.serving.routed_experts import cut_routed_experts, read_routed_experts
 from exprl_megatron.utils.text_check import TextCheck
 
@@ -138,6 +140,9 @@ def read_generation(body: bytes, asked: ExpectedReply = _ANYTHING) -> Generation
     sent = None
     if asked.routing is not None:
         body, sent = cut_routed_experts(body)
+    flat = None
+    if asked.log_probs and _is_empty_list(body, _OUTPUT):
+        body, flat = cut_flat_log_probs(body)
     rest, block = _cut(body, _OUTPUT)
     rest, ids = _cut(rest, _IDS)
     _refuse_repeats(rest, _FIELDS)
@@ -146,11 +151,13 @@ def read_generation(body: bytes, asked: ExpectedReply = _ANYTHING) -> Generation
     # A value that is not a list of numbers has not been cut out.
     token_ids = _ids(memoryview(reply.output_ids) if ids is None else ids, "output_ids")
     # An aborted request that was still waiting has no log-probs.
-    entries = _entries(block, "output_token_logprobs")
-    log_probs = entries.log_probs()
+    log_probs, logged_ids = _listed_log_probs(block) if flat is None else flat
+    if flat is not None and not len(token_ids):
+        token_ids = _checked_ids(logged_ids)
     if asked.log_probs and len(log_probs) != len(token_ids):
         raise ValueError(f"{len(token_ids)} output_ids but {len(log_probs)} output_token_logprobs")
-    if len(log_probs) and not np.array_equal(entries.token_ids(), token_ids):
+    _check_log_probs(log_probs, "output_token_logprobs")
+    if len(log_probs) and not np.array_equal(logged_ids, token_ids):
         raise ValueError("output_token_logprobs has other ids than output_ids")
     _check_length(token_ids, asked, meta.finish_reason.type)
     if asked.text_check is not None:
@@ -176,6 +183,27 @@ def read_generation(body: bytes, asked: ExpectedReply = _ANYTHING) -> Generation
         watched_log_probs=tuple(tuple(log_prob for log_prob, _, _ in entries) for entries in watched),
         routed_experts=experts,
     )
+
+
+def _listed_log_probs(block: memoryview | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the log-probs, float32 [tokens], and the ids, int32 [tokens], of the list of SGLang's own reply."""
+    entries = _entries(block, "output_token_logprobs")
+    return entries.log_probs(), entries.token_ids()
+
+
+def _checked_ids(ids: np.ndarray) -> np.ndarray:
+    """Return `ids`, int32 [tokens], of a reply that has them once, beside the flat log-probs."""
+    if len(ids) and ids.min() < 0:
+        raise ValueError(f"output_token_logprobs has an entry that is not an id, {ids.min()}")
+    return ids
+
+
+def _check_log_probs(log_probs: np.ndarray, field: str) -> None:
+    """Raise ValueError where one of `log_probs`, float32 [tokens], is not finite or above 0."""
+    if not np.isfinite(log_probs).all():
+        raise ValueError(f"{field} has a log-prob that is not finite")
+    if len(log_probs) and log_probs.max() > LOG_PROB_ROUNDING:
+        raise ValueError(f"{field} has a log-prob above 0, {log_probs.max():g}")
 
 
 def read_generations(body: bytes, asked: ExpectedReply, count: int) -> list[Generation]:
@@ -242,7 +270,14 @@ def read_scores(body: bytes, token_ids: Sequence[int] | np.ndarray) -> Scores:
     ids = entries.token_ids()[1:]
     if not np.array_equal(ids, token_ids):
         raise ValueError(f"input_token_logprobs of {len(ids)} tokens that are not the {len(token_ids)} asked for")
-    return Scores(entries.log_probs()[1:], meta.weight_version)
+    log_probs = entries.log_probs()
+    _check_log_probs(log_probs, "input_token_logprobs")
+    return Scores(log_probs[1:], meta.weight_version)
+
+
+def _is_empty_list(body: bytes, key: bytes) -> bool:
+    start = body.find(key) + len(key)
+    return body[start : start + 2] == b"[]"
 
 
 def _cut(body: bytes, key: bytes) -> tuple[bytes, memoryview | None]:
@@ -262,6 +297,8 @@ def _cut(body: bytes, key: bytes) -> tuple[bytes, memoryview | None]:
         _refuse_repeats(body, (key,))
     if not end:
         return body, None
+    if end == start + 2:
+        return body, memoryview(b"[]")
     block = _dense(memoryview(body)[start:end])
     if key != _IDS and block != b"[]" and block[-2:] != b"]]":
         raise ValueError(f"{key.decode()} is not a list of [log-prob, id, null]")
@@ -290,15 +327,10 @@ class _Entries:
     field: str
 
     def log_probs(self) -> np.ndarray:
-        """Return the log-probs, [count], float32; raises ValueError where one is not finite, or above 0."""
+        """Return the log-probs, [count], float32."""
         if not len(self.commas):
             return np.empty(0, np.float32)
-        log_probs = _parsed(self.block, self._starts(), self.commas[0::3], pa.float32(), self.field)
-        if not np.isfinite(log_probs).all():
-            raise ValueError(f"{self.field} has a log-prob that is not finite")
-        if log_probs.max() > LOG_PROB_ROUNDING:
-            raise ValueError(f"{self.field} has a log-prob above 0, {log_probs.max():g}")
-        return log_probs
+        return _parsed(self.block, self._starts(), self.commas[0::3], pa.float32(), self.field)
 
     def token_ids(self) -> np.ndarray:
         """Return the token ids, [count], int32."""

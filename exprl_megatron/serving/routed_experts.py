@@ -8,12 +8,11 @@ anything else looks at it.
 from itertools import combinations
 
 import numpy as np
-import pybase64
 
 from exprl_megatron.config.serving import RETURN_ROUTED_EXPERTS
 from exprl_megatron.models.routing import Routing
+from exprl_megatron.serving.base64_field import cut_base64
 
-_KEY = b'"routed_experts":'
 _SENT: np.dtype = np.dtype("<i4")
 _COMPACT: dict[int, np.dtype] = {1: np.dtype(np.uint8), 2: np.dtype("<i2")}
 """The dtype of ids by their number of bytes."""
@@ -24,31 +23,16 @@ def sent_bytes(tokens: int, routing: Routing) -> int:
     return tokens * routing.layers * routing.top_k * _SENT.itemsize * 4 // 3 + 4
 
 
-def cut_routed_experts(body: bytes) -> tuple[bytes, bytes | None]:
+def cut_routed_experts(body: bytes) -> tuple[bytes, bytearray | None]:
     """Return the reply `body` with null for its routed experts, and their bytes; None where it has none.
 
     Raises:
         ValueError: they are there more than once, or are not a string in base64.
     """
-    if (place := body.find(_KEY)) < 0:
-        return body, None
-    start = place + len(_KEY)
-    opening = body.find(b'"', start, start + 16)
-    if opening < 0 or body[start:opening].strip():
-        # null, which is read as none, or something that the rest of the reply will be refused for.
-        return body, None
-    if (closing := body.find(b'"', opening + 1)) < 0:
-        raise ValueError("routed_experts is not closed")
-    if body.find(_KEY, closing) >= 0:
-        raise ValueError("routed_experts is there more than once")
-    try:
-        sent = pybase64.b64decode(memoryview(body)[opening + 1 : closing], validate=True)
-    except ValueError as error:
-        raise ValueError(f"routed_experts is not base64 ({error})") from error
-    return body[:start] + b"null" + body[closing + 1 :], sent
+    return cut_base64(body, "routed_experts")
 
 
-def read_routed_experts(sent: bytes | None, tokens: int, routing: Routing) -> np.ndarray:
+def read_routed_experts(sent: bytes | bytearray | None, tokens: int, routing: Routing) -> np.ndarray:
     """Return [tokens - 1, layers, top_k], uint8 or int16: the experts of the `tokens` of prompt and response but the
     last.
 
@@ -69,7 +53,7 @@ def read_routed_experts(sent: bytes | None, tokens: int, routing: Routing) -> np
     return experts
 
 
-def _ids(sent: bytes, count: int, routing: Routing, rows: int) -> np.ndarray:
+def _ids(sent: bytes | bytearray, count: int, routing: Routing, rows: int) -> np.ndarray:
     """Return [count] ids of the kind that `sent` has."""
     kind, end = _SENT, len(sent)
     # The last byte of an int32 is 0, as no model has 2^24 experts.

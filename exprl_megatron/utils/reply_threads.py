@@ -1,8 +1,8 @@
 """Threads in which replies of servers are read, so that the event loop continues meanwhile.
 
 They are apart from those of `asyncio.to_thread`: prompts and traces queue there by the thousand, and an answer must not
-wait behind them. Long replies have threads of their own: a policy's traces take some milliseconds each, and a judge's
-answers, which take less than one, would wait for all that came before them.
+wait behind them. Long replies have threads of their own: those of a policy take up to some milliseconds each, and a
+judge's answers, which take less than one, would wait for all that came before them.
 """
 
 import asyncio
@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 LONG_REPLY = 2**18
-"""Bytes from which on a reply is a long one: more than a judge's answers about a trace, less than a trace of 16,000
-tokens."""
+"""Bytes from which on a reply is a long one: more than a judge's answers about a trace, less than a group of traces, or
+than a trace of 16,000 tokens from a server without our plugins."""
 _SHORT, _LONG = ThreadPoolExecutor(2, "replies"), ThreadPoolExecutor(2, "long-replies")
 
 

@@ -201,6 +201,20 @@ def test_a_step_is_an_ordinary_parquet_file(tmp_path):
     ]
 
 
+def test_a_step_is_written_and_read_in_memory_of_malloc_unless_the_user_selects_another(tmp_path, monkeypatch):
+    pools = []
+    monkeypatch.setattr(pa, "set_memory_pool", lambda pool: pools.append(pool.backend_name))
+    monkeypatch.delenv("ARROW_DEFAULT_MEMORY_POOL", raising=False)
+    journal = Journal(tmp_path)
+    journal.write("prime", 1, step("a"))
+    assert pools == ["system"]
+    journal.read("prime", 1)
+    assert pools == ["system"] * 2
+    monkeypatch.setenv("ARROW_DEFAULT_MEMORY_POOL", "mimalloc")
+    assert journal.read("prime", 1) == step("a")
+    assert len(pools) == 2
+
+
 def test_writing_costs_nothing_for_each_token(tmp_path):
     journal = Journal(tmp_path)
 

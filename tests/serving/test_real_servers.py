@@ -1,6 +1,7 @@
 """Models of ten families served side by side: log-probs, stretched positions, checksums, weight updates, failures."""
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -20,6 +21,7 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.routing import Routing
 from exprl_megatron.serving.checksums import checksums, differing
+from exprl_megatron.serving.flat_log_probs import FLAT_REQUESTED
 from exprl_megatron.serving.server_process import ServerSpec, start_servers, stop_servers
 
 pytestmark = pytest.mark.slow
@@ -383,6 +385,47 @@ def test_the_seed_decides_the_tokens(servers):
 
     first, again, other = on(servers["qwen3"], ask)
     assert first == again != other
+
+
+def test_log_probs_as_arrays_are_those_of_the_list_that_sglang_sends_without_our_plugin(servers):
+    """One reply, a group's, one with watched ids, and one that is aborted; other requests are not affected."""
+    sampling = {"temperature": 1.0, "max_new_tokens": 60}
+
+    async def ask(client):
+        replies = []
+        exchange = client._exchange
+
+        async def noted(*arguments):
+            replies.append(await exchange(*arguments))
+            return replies[-1]
+
+        client._exchange = noted
+        found = [await client.generate(PROMPT, seed=1, **sampling)]
+        found += await client.generate_all([PROMPT, PROMPT], [2, 3], **sampling)
+        found.append(await client.generate(PROMPT, seed=4, watched_ids=[5, 6], **sampling))
+        long = client.generate(PROMPT[:3], seed=5, temperature=1.0, max_new_tokens=900, regex="[a-z ]{2000}")
+        running = asyncio.create_task(long)
+        await client.generate(PROMPT, seed=6, **sampling)
+        await client.pause("abort")
+        await client.continue_()
+        found.append(await running)
+        assert all(b"flat_b64" in reply for reply in replies if b"output_ids" in reply)
+        params = [sampling | {"sampling_seed": seed} for seed in (1, 2, 3, 4)]
+        request = {"input_ids": [PROMPT] * 4, "sampling_params": params, "return_logprob": True}
+        own = json.loads(await exchange("POST", "/generate", request, None, 2**20))
+        top = request | FLAT_REQUESTED | {"top_logprobs_num": 2}
+        return found, own, json.loads(await exchange("POST", "/generate", top, None, 2**20))
+
+    (*found, aborted), own, top = on(servers["qwen3"], ask)
+    assert aborted.finish_reason == "abort" and 0 < len(aborted.log_probs) == len(aborted.token_ids) < 900
+    for generation, listed, with_top in zip(found, own, top, strict=True):
+        log_probs, ids, _ = zip(*listed["meta_info"]["output_token_logprobs"], strict=True)
+        assert generation.token_ids.tolist() == list(ids) == listed["output_ids"]
+        # Prompts that are computed together and alone may differ in their last bits.
+        assert generation.log_probs == pytest.approx(log_probs, abs=1e-4)
+        assert with_top["meta_info"]["output_top_logprobs_shape"] == [len(ids), 2]
+        assert len(with_top["meta_info"]["output_token_logprobs"]) == len(ids) == len(with_top["output_ids"])
+    assert len(found[3].watched_log_probs) == len(found[3].token_ids)
 
 
 def test_a_thousand_requests_at_once(servers):

@@ -54,7 +54,13 @@ def test_every_sampling_setting_reaches_the_server_and_the_seed_is_the_samples_o
     assert request == (
         "POST",
         "/generate",
-        {"input_ids": [1, 2, 4], "sampling_params": SAMPLING | {"sampling_seed": 11}, "return_logprob": True},
+        {
+            "input_ids": [1, 2, 4],
+            "sampling_params": SAMPLING | {"sampling_seed": 11},
+            "return_logprob": True,
+            "return_flat_raw_output_top_logprobs": True,
+            "return_flat_raw_top_logprobs_b64": True,
+        },
     )
 
 
@@ -68,6 +74,7 @@ def test_watched_ids_and_constraints_are_sent_and_log_probs_only_where_wanted():
     watched, by_regex, by_schema = (body for *_, body in sent(call, generate=SAMPLED))
     assert (watched["return_logprob"], watched["token_ids_logprob"]) == (True, [5, 6])
     assert (by_regex["return_logprob"], by_regex["sampling_params"]["regex"]) == (False, "a+")
+    assert watched["return_flat_raw_top_logprobs_b64"] and not any("flat" in name for name in by_regex)
     assert by_schema["sampling_params"]["json_schema"] == "{}" and "regex" not in by_schema["sampling_params"]
 
 

@@ -12,7 +12,8 @@ from aiohttp import ClientSession, web
 from benchmarks import strangers
 from benchmarks.chaos import FaultedRun
 from benchmarks.fault_proxy import FaultProxy
-from benchmarks.garbage import OF_BYTES, OF_FIELDS, OF_LOG_PROBS, garbled, made
+from benchmarks.flat_replies import flatten
+from benchmarks.garbage import OF_BYTES, OF_FIELDS, OF_LOG_PROBS, garbled, is_sample, made
 from benchmarks.learned import Replies
 
 from exprl_megatron.config.load import load_config
@@ -29,19 +30,21 @@ ASKED = ExpectedReply(max_new_tokens=8, vocabulary=len(TOKENS), text_check=TextC
 IDS = [1, 2, 3, 0]
 
 
-def reply(log_probs=True):
+def reply(log_probs=True, flat=False):
     meta = {"finish_reason": {"type": "stop"}, "weight_versions": [{"version": "v0", "start": 0, "end": len(IDS)}]}
     if log_probs:
         meta["output_token_logprobs"] = [[-0.5, token, None] for token in IDS]
-    return json.dumps(
-        {"text": "Score: 3", "output_ids": IDS, "meta_info": meta}, separators=(",", ":"), allow_nan=False
-    ).encode()
+    record = {"text": "Score: 3", "output_ids": IDS, "meta_info": meta}
+    if flat:
+        flatten(record)
+    return json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
 
 
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("kind", [*OF_BYTES, *OF_FIELDS, *OF_LOG_PROBS])
-def test_every_kind_of_garbage_is_refused(kind):
-    assert read_generation(reply(), ASKED).text == "Score: 3"
-    garbage = made(kind, reply())
+def test_every_kind_of_garbage_is_refused(kind, flat):
+    assert read_generation(reply(flat=flat), ASKED).text == "Score: 3" and is_sample(reply(flat=flat))
+    garbage = made(kind, reply(flat=flat))
     with pytest.raises((ValueError, RecursionError)):
         if len(garbage) > reply_limit(8):
             raise ValueError("HttpClient reads no more than the limit")
@@ -52,6 +55,11 @@ def test_garbage_can_be_made_of_a_reply_without_log_probs_too():
     chance = random.Random(0)
     kinds = {garbled(reply(log_probs=False), chance)[0] for _ in range(400)}
     assert kinds == {*OF_BYTES, *OF_FIELDS}
+    assert {garbled(reply(flat=True), chance)[0] for _ in range(400)} == {*kinds, *OF_LOG_PROBS}
+
+
+def test_a_reply_without_tokens_is_no_sample():
+    assert not is_sample(b'{"text":"","output_ids":[],"meta_info":{"output_token_logprobs":[]}}')
 
 
 def answering(status):
@@ -112,9 +120,10 @@ def test_a_proxy_passes_replies_on_and_changes_those_that_it_is_to_change():
     assert heard == [(f"POST {path} HTTP/1.1", path) for path in ("/a", "/b", "/c")]
 
 
-def test_a_trace_or_a_score_that_no_server_sent_is_found():
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_trace_or_a_score_that_no_server_sent_is_found(flat):
     replies = Replies()
-    replies.add("policy-0", reply())
+    replies.add("policy-0", reply(flat=flat))
     replies.add("judge-0", reply(log_probs=False))
     trace = Trace("p", 0, [7], IDS, [-0.5] * 4, "Score: 3", "stop", (("v0", 0, 4),))
     sent = GradedTrace(trace, Scored(0.5, "Score: 3"))

@@ -15,7 +15,7 @@ import psutil
 
 from benchmarks import strangers
 from benchmarks.fault_proxy import FaultProxy, Mode
-from benchmarks.garbage import garbled
+from benchmarks.garbage import garbled, is_sample
 from benchmarks.learned import Replies, wrong_with
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, ServerError
@@ -303,8 +303,7 @@ class FaultedRun:
         self._over = True
 
     def _replied(self, server: str, line: str, body: bytes) -> bytes:
-        sampled = line.startswith(_OF_A_SAMPLE) and b'"output_ids":[]' not in body and b'"output_ids":[' in body
-        if not sampled or server in (ROUTER, JUDGE_ROUTER):
+        if not line.startswith(_OF_A_SAMPLE) or not is_sample(body) or server in (ROUTER, JUDGE_ROUTER):
             return body
         self.replies.add(server, body)
         if server != self._garbles or self._garbage_of.random() >= _GARBLED:

@@ -4,6 +4,9 @@ import json
 import random
 from collections.abc import Callable
 
+from benchmarks.flat_replies import flatten, listed
+from exprl_megatron.serving.flat_log_probs import IDS
+
 _TOO_LONG = 2 * 2**20
 """Bytes; more than any reply may have that is asked for in a run on the miniature."""
 
@@ -59,6 +62,8 @@ OF_FIELDS: dict[str, Callable[[dict], None]] = {
     "null as text": lambda reply: reply.update(text=None),
     "unknown reason": lambda reply: reply["meta_info"].update(finish_reason={"type": "tired"}),
 }
+_LISTED = {"id as text"}
+"""What cannot be written in arrays; the garbage has lists instead."""
 OF_BYTES: dict[str, Callable[[bytes], bytes]] = {
     "half a reply": lambda reply: reply[: len(reply) // 2],
     "nothing": lambda reply: b"",
@@ -70,9 +75,14 @@ OF_BYTES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+def is_sample(body: bytes) -> bool:
+    """Whether a reply of /generate has sampled tokens."""
+    return f'"{IDS}":'.encode() in body or (b'"output_ids":[' in body and b'"output_ids":[]' not in body)
+
+
 def garbled(reply: bytes, chance: random.Random) -> tuple[str, bytes]:
     """A kind of garbage that can be made of `reply`, the body of a reply with sampled tokens, and the garbage."""
-    has_log_probs = b'"output_token_logprobs":[[' in reply
+    has_log_probs = is_sample(reply) and b'"output_token_logprobs":[' in reply
     kind = chance.choice([*OF_BYTES, *OF_FIELDS, *(OF_LOG_PROBS if has_log_probs else ())])
     return kind, made(kind, reply)
 
@@ -82,5 +92,8 @@ def made(kind: str, reply: bytes) -> bytes:
     if kind in OF_BYTES:
         return OF_BYTES[kind](reply)
     record = json.loads(reply)
+    flat = listed(record)
     (OF_FIELDS | OF_LOG_PROBS)[kind](record)
+    if flat and kind not in _LISTED:
+        flatten(record)
     return json.dumps(record, separators=(",", ":")).encode()

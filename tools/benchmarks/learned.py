@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from benchmarks.flat_replies import listed
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.problems.order import problem_indices
@@ -24,6 +25,7 @@ class Replies:
     def add(self, server: str, body: bytes) -> None:
         """A reply of the server of that name."""
         reply = json.loads(body)
+        listed(reply)
         if server.startswith("judge"):
             self._judged.add(reply["text"])
         elif entries := reply["meta_info"].get("output_token_logprobs"):
