@@ -1,4 +1,4 @@
-"""Log-probs as arrays, as the plugin writes them; tests/serving/test_real_servers.py has both forms of a real server."""
+"""Log-probs as arrays, as the plugin writes them; tests/serving/test_real_servers.py has replies of a real server."""
 
 import asyncio
 import base64
