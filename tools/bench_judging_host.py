@@ -41,7 +41,8 @@ from transformers import AutoTokenizer
 from exprl_megatron.judging.content_key import content_key
 from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.judging.prompt import shipped_prompt
-from exprl_megatron.judging.store import JudgementStore, StoredQuestion
+from exprl_megatron.judging.store import JudgementStore
+from exprl_megatron.judging.store_rows import StoredQuestion
 from exprl_megatron.training.loop_lag import HOST_THREADS
 from exprl_megatron.utils.collector import collect_between_steps
 

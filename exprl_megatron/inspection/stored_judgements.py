@@ -12,7 +12,8 @@ from rich.text import Text
 from exprl_megatron.errors import UserError
 from exprl_megatron.inspection.judgement_list import scored_by
 from exprl_megatron.judging.judgement import Scored, judgement_to_dict
-from exprl_megatron.judging.store import Entry, JudgementStore
+from exprl_megatron.judging.store import JudgementStore
+from exprl_megatron.judging.store_rows import Entry
 from exprl_megatron.reporting.plain_text import escaped_text
 from exprl_megatron.runs.directory import RunDirectory, read_config
 

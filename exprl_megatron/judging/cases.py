@@ -12,7 +12,7 @@ from exprl_megatron.judging.injection_guard import InjectionGuard, control_token
 from exprl_megatron.judging.judgement import Granularity
 from exprl_megatron.judging.prompt import JudgePrompt, Measure, PromptFrame, load_prompt, shipped_prompt
 from exprl_megatron.judging.rubric import Rubric
-from exprl_megatron.judging.store import StoredQuestion
+from exprl_megatron.judging.store_rows import StoredQuestion
 from exprl_megatron.problems.problem import Problem
 
 _FRAMES = 4096

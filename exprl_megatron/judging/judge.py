@@ -5,39 +5,30 @@ import json
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.judging.answers import Answer, ChatAnswerer, JudgeQuestion, TokenAnswerer
+from exprl_megatron.judging.answer_reading import answer_reader, answer_regex
+from exprl_megatron.judging.answers import ChatAnswerer, JudgeQuestion, TokenAnswerer
 from exprl_megatron.judging.asking import REQUEST_GRACE_S, Inquiry, JudgePool
 from exprl_megatron.judging.cases import Case, CaseBuilder
 from exprl_megatron.judging.judge_model import model_context, model_identity, model_vocabulary
 from exprl_megatron.judging.judge_tokenizer import JudgeTokenizer
-from exprl_megatron.judging.judgement import Abstained, Granularity, Judgement, Scored
+from exprl_megatron.judging.judgement import Abstained, Granularity, Judgement
 from exprl_megatron.judging.null_tokenizer import NullTokenizer
 from exprl_megatron.judging.question_locks import QuestionLock, QuestionLocks
-from exprl_megatron.judging.rubric import MARK_VALUES, Rubric
+from exprl_megatron.judging.rubric import Rubric
 from exprl_megatron.judging.rubric_builder import RubricBuilder
 from exprl_megatron.judging.store import JudgementStore, is_final
-from exprl_megatron.judging.verdict import (
-    expected_score,
-    normalize,
-    read_marks,
-    read_soundness,
-    read_verdict,
-    stated_score,
-)
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.problems.prompts import check_template
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.utils.token_ids import TokenIds
 
 _SAMPLE = Problem("sample", "1 + 1", Reference("The sum of 1 and 1 is 2."))
-SCORE_REGEX = "Score: [1-5]"
-SOUNDNESS_REGEX = r'Sound: (yes|no - "[^"\n]{1,160}")'
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +215,10 @@ class Judge:
     async def _verdicts(self, pending: Sequence[_Pending]) -> list[tuple[Judgement, str]]:
         """Send the cases to the judge; returns each judgement with the text of the judge's last answer."""
         asked = [each for each in pending if not self._too_long(each.tokens)]
-        inquiries = [Inquiry(tuple(self._questions(each.case, each.tokens)), self._reader(each.case)) for each in asked]
+        inquiries = [
+            Inquiry(tuple(self._questions(each.case, each.tokens)), answer_reader(each.case, self._config))
+            for each in asked
+        ]
         home = self._home(pending[0].case.problem)
         found = dict(
             zip(asked, await self._servers.ask_together(inquiries, home, self._config.deadline_s), strict=True)
@@ -263,26 +257,9 @@ class Judge:
                 temperature=config.reask_temperature if attempt else config.temperature,
                 seed=(seed + attempt) % 2**31,
                 deadline_s=config.deadline_s + REQUEST_GRACE_S,
-                regex=_answer_regex(case) if config.score_format == "constrained" else None,
+                regex=answer_regex(case) if config.score_format == "constrained" else None,
                 probabilities=config.score_reading == "expected" and case.rubric is None,
             )
-
-    def _reader(self, case: Case) -> Callable[[Answer], Judgement]:
-        rubric = case.rubric
-        if rubric is None:
-            return lambda answer: read_answer(answer, self._config)
-
-        def marked(answer: Answer) -> Judgement:
-            if answer.truncated:
-                return Abstained("cut-off", answer.text)
-            marks = read_marks(answer.text, len(rubric.checkpoints))
-            soundness = read_soundness(answer.text) if case.prompt.asks_soundness else None
-            if marks is None or (soundness is None and case.prompt.asks_soundness):
-                return Abstained("unreadable", answer.text)
-            sound = None if soundness is None else soundness.sound
-            return Scored(rubric.score(marks, case.granularity, sound), answer.text)
-
-        return marked
 
     def _answerer(self, client: Any, tokenizer: Any) -> TokenAnswerer | ChatAnswerer:
         if self._config.endpoints:
@@ -291,32 +268,6 @@ class Judge:
 
     async def _tokens(self, messages: Sequence[dict]) -> TokenIds:
         return await asyncio.to_thread(self._tokenizer.prompt_ids, messages)
-
-
-def read_answer(answer: Answer, config: JudgeConfig) -> Judgement:
-    """Read the score that an answer states, or the expected score where `score_reading` is `expected`.
-
-    An answer that the length limit cut off is an abstention, except for the released parser, which reads any text.
-    Where the server does not report the probabilities of the digits, the stated digit is taken.
-    """
-    if answer.truncated and config.parser != "released":
-        return Abstained("cut-off", answer.text)
-    verdict = read_verdict(answer.text, config.parser)
-    if config.score_reading == "stated" or not isinstance(verdict, Scored):
-        return verdict
-    stated = stated_score(answer.text, config.parser)
-    probabilities = answer.digit_probabilities(stated.position) if stated is not None else None
-    expected = expected_score(probabilities) if probabilities is not None else None
-    return verdict if expected is None else Scored(normalize(expected), answer.text)
-
-
-def _answer_regex(case: Case) -> str:
-    """Build the regular expression that constrains an answer to the verdict alone."""
-    if case.rubric is None:
-        return SCORE_REGEX
-    marks = "|".join(MARK_VALUES)
-    lines = [f"Mark {number}: ({marks})" for number in range(1, len(case.rubric.checkpoints) + 1)]
-    return r"\n".join([*lines, SOUNDNESS_REGEX] if case.prompt.asks_soundness else lines)
 
 
 def _identity(config: JudgeConfig) -> dict[str, str]:

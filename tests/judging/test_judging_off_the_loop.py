@@ -11,7 +11,7 @@ from helpers.tokenizer_rules import TEXT, tokenizer_of
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.config.load import check_config
-from exprl_megatron.judging import asking, cases, judge_tokenizer, store, store_texts
+from exprl_megatron.judging import asking, cases, judge_tokenizer, store, store_connection, store_texts
 from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.rollout.group import GradedTrace
@@ -24,7 +24,7 @@ WORK = [
     (judge_tokenizer.JudgeTokenizer, "_encoded"),
     (judge_tokenizer.JudgeTokenizer, "_rendered"),
     (store.JudgementStore, "find_judgements"),
-    (store.JudgementStore, "_write"),
+    (store_connection.StoreConnection, "add_judgement"),
     (store_texts.StoredTexts, "compress"),
     (asking, "_parse"),
 ]
@@ -71,7 +71,7 @@ def test_nothing_that_takes_long_is_done_on_the_event_loop_and_each_but_once(cal
     prefixes = len(graded.segments)
     assert prefixes >= 8 and graded.score == 0.75
     assert calls.pop("main thread", 0) == 0
-    assert calls["_write"] == prefixes and calls["_parse"] == prefixes + 1
+    assert calls["add_judgement"] == prefixes and calls["_parse"] == prefixes + 1
     # The shared text needs two renderings and a call, once for the problem; the trace two calls.
     assert {name: calls[name] for name in ("segments_and_texts", "build", "find_judgements")} == {
         "segments_and_texts": 1,

@@ -16,7 +16,8 @@ from exprl_megatron.judging.champ import champ_problems
 from exprl_megatron.judging.content_key import content_key
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.judging.prompt import shipped_prompt
-from exprl_megatron.judging.store import JudgementStore, StoredQuestion
+from exprl_megatron.judging.store import JudgementStore
+from exprl_megatron.judging.store_rows import StoredQuestion
 
 WRITER = Path(__file__).parent / "store_writer.py"
 KEY = content_key("judgement", trace="a")

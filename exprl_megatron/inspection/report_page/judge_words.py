@@ -5,7 +5,8 @@ from typing import Any
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.inspection.stored_judgements import store_file
-from exprl_megatron.judging.store import Entry, JudgementStore
+from exprl_megatron.judging.store import JudgementStore
+from exprl_megatron.judging.store_rows import Entry
 from exprl_megatron.judging.verdict import read_marks
 from exprl_megatron.reporting.plain_text import escaped
 
