@@ -10,9 +10,8 @@ from nemo_run.config import get_nemorun_home
 from exprl_megatron.errors import UserError
 from recipes.places import Component, Nodes, check_job_directory, check_path
 from recipes.scripts import around
+from recipes.time_limits import SIGNAL, check_time_limit
 
-SIGNAL = "B:USR1@300"
-"""Sent to the batch script so many seconds ahead of the time limit: longer than a step and a checkpoint take."""
 RESTARTS = 20
 """How often a job that ran into its time limit, or was preempted, is queued again."""
 # --overlap: components share nodes. --wait: none ends because another one's node is done. Threads go where they like.
@@ -29,7 +28,7 @@ def local() -> run.Config[run.LocalExecutor]:
 def slurm() -> run.Config[run.SlurmExecutor]:
     """Slurm, from a machine that has sbatch and the cluster's file system; account and partition are to be set.
 
-    Job files lie in $NEMORUN_HOME (~/.nemo_run), which the nodes must see.
+    Job files are in $NEMORUN_HOME (~/.nemo_run), which the nodes must see.
     """
     return _slurm(run.Config(run.LocalTunnel, job_dir=""))
 
@@ -69,6 +68,7 @@ def check_executor(executor: run.Executor) -> None:
             f"run.executor.env_vars sets {', '.join(executor.env_vars)}; use site.variables, or site.environment "
             "for the names of variables whose values are to be in no file."
         )
+    check_time_limit(executor.time, executor.signal)
     check_job_directory("NEMORUN_HOME", get_nemorun_home())
     for mount in executor.container_mounts:
         check_path("run.executor.container_mounts", mount)

@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
+from exprl_megatron.errors import UserError
 from exprl_megatron.inspection.rollout_steps import TokenAdvantages
 from exprl_megatron.inspection.rollout_tables import advantage_text, finding_text, score_text
 from exprl_megatron.judging.token_text import TokenText
@@ -65,7 +66,7 @@ class PolicyTokenizer:
             return None  # without importing transformers, which takes seconds
         try:
             return load_tokenizer(self._model)
-        except (OSError, ValueError, KeyError):
+        except UserError:
             return None
 
     def characters_before(self, trace: Trace) -> Callable[[int], int] | None:

@@ -91,6 +91,7 @@ def _become(request: ForkRequest, descriptors: list[int], parent: int) -> None:
     for number, descriptor in zip((1, 2), standard, strict=True):
         os.dup2(descriptor, number)
         os.close(descriptor)
+    os.umask(request.umask)
     os.environ.clear()
     os.environ.update(request.environment)
     os.environ.update({name: str(fd) for name, fd in zip(request.inherited, inherited, strict=True)})

@@ -16,11 +16,18 @@ import sys
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from exprl_megatron.processes.child import ForkedChild
 
 PR_SET_CHILD_SUBREAPER = 36
 LENGTH_BYTES = 4
+
+
+def current_umask() -> int:
+    """Return this process's umask, which os.umask reads only by changing it for all threads."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("Umask:")).split()[1], 8)
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,8 @@ class ForkRequest:
     """Name at the end of the process title, as in `trainer-0`."""
     inherited: list[str] = field(default_factory=list)
     """Environment variables that are to hold the numbers of the inherited descriptors."""
+    umask: int = field(default_factory=current_umask)
+    """The launcher's when it starts the process; the fork server has that of its own start."""
 
 
 class ForkServer:

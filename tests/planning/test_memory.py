@@ -87,7 +87,7 @@ def test_whole_models_have_their_published_sizes():
     """Parameters as the models' own pages state them (Llama 3.3: 70.6B, Qwen2.5: 72.7B, ...)."""
     sizes = {"llama-3.3-70b": 70.55e9, "qwen2.5-72b": 72.71e9, "qwen3-32b": 32.76e9, "mixtral-8x7b": 46.70e9}
     sizes |= {"qwen3-235b-a22b": 235.09e9, "qwen3-30b-a3b": 30.53e9, "qwen3-4b": 4.02e9}
-    sizes |= {"mistral-7b": 7.248e9, "mistral-small-24b": 23.57e9, "seed-oss-36b": 36.15e9}
+    sizes |= {"mistral-7b": 7.248e9, "mistral-small-24b": 23.57e9, "seed-oss-36b": 36.15e9, "smollm2-135m": 134.5e6}
     for name, size in sizes.items():
         assert model_parameters(read_architecture(PUBLISHED / name)) == pytest.approx(size, rel=2e-3), name
 

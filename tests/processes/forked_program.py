@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import preloaded
 
@@ -31,6 +32,12 @@ def report() -> None:
     atexit.register(print, "at the end")
 
 
+def write() -> None:
+    made = Path(sys.argv[2])
+    made.mkdir()
+    (made / "file").touch()
+
+
 def idle() -> None:
     print("ready", os.getpid(), flush=True)
     time.sleep(600)
@@ -46,4 +53,5 @@ def fail() -> None:
 
 
 if __name__ == "__main__":
-    {"report": report, "wait": wait, "idle": idle, "fail": fail, "exit": lambda: sys.exit("a sentence")}[sys.argv[1]]()
+    programs = {"report": report, "write": write, "wait": wait, "idle": idle, "fail": fail}
+    (programs | {"exit": lambda: sys.exit("a sentence")})[sys.argv[1]]()

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -91,6 +92,18 @@ def test_a_process_has_its_arguments_environment_descriptors_and_end(starter, tm
         "at the end",
     ]
     assert not adopts()
+
+
+def test_a_process_has_the_umask_of_its_start_and_not_that_of_the_fork_server(starter, tmp_path):
+    # The fork server imports before a run claims its directory, which makes the run's files private.
+    before = os.umask(0o077)
+    try:
+        child = start(starter, tmp_path / "log", "write", str(tmp_path / "made"))
+    finally:
+        os.umask(before)
+    assert child.wait(60) == 0
+    modes = [stat.S_IMODE((tmp_path / "made" / name).stat().st_mode) for name in ("", "file")]
+    assert modes == [0o700, 0o600]
 
 
 @pytest.mark.parametrize(("what", "words"), [("fail", "ValueError: as it should"), ("exit", "a sentence")])

@@ -9,11 +9,12 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.models.architecture import layout_violations
 from exprl_megatron.planning.hardware import find_gpu
 from exprl_megatron.planning.parameters import rank_counts
-from exprl_megatron.planning.plan import plan
+from exprl_megatron.planning.plan import Plan, plan
 from exprl_megatron.planning.targets import find_architecture
 from exprl_megatron.planning.workload import workload_of
 from recipes.catalog import MODELS
 from recipes.places import components
+from recipes.time_limits import LEAD_S
 from recipes.trees import as_run_config
 
 H100 = find_gpu("h100")
@@ -35,6 +36,11 @@ def planned(config: RunConfig):
     return plan(config, config.stages[0], workload_of(config, config.stages[0], None, None), H100)
 
 
+def checkpoint_s(found: Plan, config: RunConfig) -> float:
+    """The seconds to write one checkpoint, of which a step has its share."""
+    return config.checkpoint.every_steps * sum(phase.seconds for phase in found.phases if phase.name == "save")
+
+
 def test_the_70b_recipes_have_layouts_for_8_16_and_32_nodes():
     assert {(name, nodes) for name, nodes in SCALES if name in SEVENTIES} == {
         (name, nodes) for name in SEVENTIES for nodes in (8, 16, 32)
@@ -53,6 +59,8 @@ def test_a_recipe_s_processes_fit_on_its_nodes(name, nodes, stage):
     found = planned(config if stage != "sft" else recipe(name, "self_distill", nodes)[0])
     assert not found.faults
     assert 0 < found.step_s < 1000
+    # From Slurm's signal to the time limit the run finishes its step and writes a checkpoint.
+    assert 1.5 * (found.step_s + checkpoint_s(found, config)) <= LEAD_S
     twice = found.gpus["policy server"] if config.placement.kind == "colocated" else 0
     assert sum(found.gpus.values()) - twice <= 8 * nodes
 

@@ -151,7 +151,7 @@ def test_a_time_limit_and_scancel_cost_no_weights_and_container_flags_reach_the_
     (job,) = submit(fine_tuning(interrupted), cluster())
     wait_for_steps(interrupted, 1, job)
     ranks = held(interrupted)
-    # Slurm looks at time limits twice a minute, and sends the signal when 5 minutes are left.
+    # Slurm looks at time limits twice a minute, and sends the signal when fewer than 20 minutes are left.
     set_time_limit(job, int(time.time() - started(job)) // 60 + 5)
     wait_until((interrupted / "stop").is_file, "Slurm's signal")
     # The limit holds for the restart too.
