@@ -8,7 +8,9 @@ import gc
 import importlib.util
 import inspect
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,25 @@ def pytest_collection():
         gc.collect()
         gc.freeze()
         gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def _state_of_the_process_is_given_back():
+    """What code under test sets for a process of its own: another test, which may run in this one or not, has not."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    interval, started = sys.getswitchinterval(), os.environ.get("EXPRL_STARTED")
+    yield
+    os.umask(umask)
+    sys.setswitchinterval(interval)
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            # None: not from Python.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    os.environ.pop("EXPRL_STARTED", None)
+    if started is not None:
+        os.environ["EXPRL_STARTED"] = started
 
 
 @pytest.fixture

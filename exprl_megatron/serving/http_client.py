@@ -53,6 +53,7 @@ class HttpClient:
         self.deadline_s = deadline_s
         self.headers = dict(headers or {})
         self._session: aiohttp.ClientSession | None = None
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         _allow_many_connections()
@@ -64,6 +65,7 @@ class HttpClient:
 
     async def __aexit__(self, *exception: object) -> None:
         session, self._session = self._session, None
+        self._closed = True
         if session is not None:
             await session.close()
 
@@ -91,6 +93,9 @@ class HttpClient:
     ) -> bytes:
         """Return the body of the reply, of at most `limit` bytes; every failure becomes a ServerError."""
         if self._session is None:
+            if self._closed:
+                # A pool closes it where the server registers again, even while it is in use.
+                raise self._error(path, "its client was closed before the request")
             raise RuntimeError(f"the client of {self.name} is not open; use `async with client:`")
         deadline_s = self.deadline_s if deadline_s is None else deadline_s
         timeout = aiohttp.ClientTimeout(total=deadline_s, sock_connect=CONNECT_S)

@@ -82,10 +82,12 @@ class PoolMembers:
                 )
             await asyncio.sleep(_POLL_S)
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """End the task that follows the registry."""
         if self._watcher is not None:
             self._watcher.cancel()
+            # It and the resets that it has started still use the clients.
+            await asyncio.wait([self._watcher])
 
     async def close(self) -> None:
         """Disconnect from all servers, after `stop`."""

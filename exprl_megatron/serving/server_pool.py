@@ -89,7 +89,7 @@ class ServerPool:
 
     async def close(self) -> None:
         """Disconnect from all servers."""
-        self._members.stop()
+        await self._members.stop()
         if self._router is not None:
             await self._router.__aexit__()
         await self._members.close()

@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from chains import answer_text, chain_problem, problem_text, stated_answer
+from helpers.processes import family, left_behind
 
 pytestmark = pytest.mark.slow
 
@@ -68,10 +68,10 @@ def killed_and_resumed(tmp_path_factory):
         assert time.monotonic() < deadline, "nothing was finished"
         time.sleep(0.005)
     assert first.poll() is None, (directory / "first.log").read_text()
-    everyone = psutil.Process(first.pid).children(recursive=True)
+    everyone = family(first.pid)
     first.kill()
     first.wait()
-    assert not psutil.wait_procs(everyone, timeout=30)[1], "processes were left behind"
+    assert not left_behind(everyone)
     before = kept_files(directory)
     # A problem whose result is lost must come out the same again.
     lost = min(before)

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint
+from helpers.clock import pass_time
 from helpers.judge_parts import UNKNOWN
 
 VERDICT = "Score: 4"
@@ -19,7 +20,8 @@ class FaultyServer:
 
     A number is an HTTP status to refuse with, a string the answer (to each question, where several are asked at once),
     a list the answers to several, bytes the whole reply, a tuple the text, status and headers of one, "drop" cuts the
-    connection, "hang" never answers. `counts` has `requests`, `running`, `most-running` and `abandoned` (the client
+    connection, "hang" never answers, "late" neither, and deadlines
+    of at most 10 s pass. `counts` has `requests`, `running`, `most-running` and `abandoned` (the client
     hung up), and `questions` and `most-questions`, which are in flight.
     """
 
@@ -53,7 +55,9 @@ class FaultyServer:
             await asyncio.sleep(0.02)
             nothing = several is None and body.get("sampling_params", {}).get("max_new_tokens") == 0
             act = self.script.pop(0) if self.script else "" if nothing else VERDICT
-            if act == "hang":
+            if act == "late":
+                pass_time()
+            if act in ("hang", "late"):
                 await asyncio.sleep(60)
             if act == "drop":
                 request.transport.abort()

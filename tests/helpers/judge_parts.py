@@ -13,6 +13,7 @@ from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.judging.judge import Judge
 from exprl_megatron.problems.problem import Problem, Reference
+from helpers.clock import pass_time
 
 PROMPT = Path(__file__).parent / "plain_prompt.md"
 SPECIAL = ["<unk>", "<|start|>", "<|end|>"]
@@ -39,12 +40,13 @@ class Written:
 class Scripted:
     """Answers, after `pause` seconds, with the next of `script`: a text, something Written, or an exception.
 
+    With `late` every deadline of at most 10 s passes before it answers.
     With `well` it says to be in health.
     """
 
-    def __init__(self, *script, pause=0.0, well=False):
+    def __init__(self, *script, pause=0.0, well=False, late=False):
         self.script = list(script)
-        self.pause = pause
+        self.pause, self.late = pause, late
         self.well = well
         self.name, self.url = "judge-0", "http://nowhere"
         self.calls = []
@@ -56,7 +58,9 @@ class Scripted:
         self.most_running = max(self.most_running, self.running)
         try:
             answer = self.script.pop(0)
-            await asyncio.sleep(self.pause)
+            if self.late:
+                pass_time()
+            await asyncio.sleep(60 if self.late else self.pause)
         finally:
             self.running -= 1
         if isinstance(answer, Exception):

@@ -1,7 +1,6 @@
 """Small complete runs for tests: a tiny policy at TP2 under a tiny judge, on problems made here."""
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +9,13 @@ import psutil
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.launch.ranks import TrainerRanks
+from exprl_megatron.processes.descendants import child_pids, existing
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.server_process import Server
 from helpers.forking import starter
+from helpers.processes import family, left_behind, wait_until
 
 SAMPLING = {"temperature": 1.0, "max_new_tokens": 24}
 
@@ -91,20 +92,13 @@ def kill_when(ranks: TrainerRanks, condition: Callable[[], bool], deadline_s: fl
     """kill -9 of every rank at the first moment at which `condition` holds."""
     wait_until(lambda: condition() or not ranks.running(), deadline_s)
     assert condition(), "the run ended before the moment came"
-    workers = [worker for pid in ranks.pids for worker in psutil.Process(pid).children()]
-    started = [child for worker in workers for child in worker.children(recursive=True)]
+    workers = existing(worker for pid in ranks.pids for worker in child_pids(pid))
+    started = [process for worker in workers for process in family(worker.pid)]
     for worker in workers:
         worker.kill()
     ranks.stop()
-    _, left = psutil.wait_procs(started, timeout=10)
+    left = left_behind(started)
     assert not left, f"left behind: {left}"
-
-
-def wait_until(condition: Callable[[], bool], deadline_s: float) -> None:
-    deadline = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < deadline, f"nothing happened within {deadline_s} s"
-        time.sleep(0.002)
 
 
 def command_words(process) -> list[str]:

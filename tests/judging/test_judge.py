@@ -275,8 +275,8 @@ def test_equal_texts_judged_at_the_same_time_are_asked_once(tmp_path):
 
 def test_a_timeout_is_asked_again_next_time_and_an_unreadable_verdict_is_not(tmp_path):
     with JudgementStore(tmp_path / "store.sqlite") as store:
-        settings = {"store": store, "model": _model(tmp_path), "deadline_s": 0.05, "reasks": 0}
-        slow, quick = Scripted("hm", pause=30), Scripted("hm")
+        settings = {"store": store, "model": _model(tmp_path), "deadline_s": 10, "reasks": 0}
+        slow, quick = Scripted("hm", late=True), Scripted("hm")
         clients = (slow, quick, quick)
         reasons = [asyncio.run(make_judge(client, **settings).grade(PROBLEM, "1")).reason for client in clients]
     assert reasons == ["timeout", "unreadable", "unreadable"]

@@ -99,14 +99,14 @@ def test_a_request_that_is_not_taken_is_an_abstention(client):
 
 
 def test_a_straggler_is_hedged_and_the_loser_is_cancelled():
-    home, other = FaultyServer("hang"), FaultyServer()
+    home, other = FaultyServer("late"), FaultyServer()
 
     async def one_and_settled(judge):
         judgement = await _one(judge)
         await _until(lambda: home.counts["running"] == 0)
         return judgement, judge.counts
 
-    judgement, counts = _run(_in_order(home, other), one_and_settled, hedge_after_s=0.1)
+    judgement, counts = _run(_in_order(home, other), one_and_settled, hedge_after_s=10)
     assert judgement == FOUR
     assert home.counts["abandoned"] == 1
     assert (home.counts["requests"], other.counts["requests"]) == (1, 1), "the hedge goes to the other server"
@@ -155,14 +155,14 @@ def test_when_a_step_is_abandoned_no_request_is_left_running(client):
 
 
 def test_a_judgement_past_its_deadline_leaves_no_request_running():
-    server = FaultyServer("hang")
+    server = FaultyServer("late")
 
     async def late(judge):
         judgement = await _one(judge)
         await _until(lambda: server.counts["running"] == 0)
         return judgement
 
-    assert _run([server], late, deadline_s=0.2).reason == "timeout"
+    assert _run([server], late, deadline_s=10).reason == "timeout"
     assert server.counts["abandoned"] == 1
 
 
@@ -316,6 +316,6 @@ def test_the_key_comes_from_the_environment(monkeypatch):
 
 
 async def _until(condition):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while not condition():
             await asyncio.sleep(0.01)

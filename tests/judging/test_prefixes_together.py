@@ -102,14 +102,14 @@ def test_one_that_is_too_long_is_not_sent():
 
 
 def test_past_the_deadline_all_are_abstentions_and_no_request_is_left_running():
-    server = FaultyServer(READ, "hang")
+    server = FaultyServer(READ, "late")
 
     async def settled(judge):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             while server.counts["abandoned"] == 0:
                 await asyncio.sleep(0.01)
 
-    judgements, _ = judged(server, before=lambda judge: [settled(judge)], deadline_s=0.3)
+    judgements, _ = judged(server, before=lambda judge: [settled(judge)], deadline_s=10)
     assert [judgement.reason for judgement in judgements] == ["timeout"] * 3
     assert server.counts["running"] == 0
 
@@ -134,9 +134,9 @@ def test_more_questions_than_may_be_under_way_go_in_several_requests():
 
 
 def test_a_straggling_request_is_sent_to_a_second_server_too():
-    home, other = FaultyServer(READ, "hang"), FaultyServer()
+    home, other = FaultyServer(READ, "late"), FaultyServer()
     servers = (other, home) if zlib.crc32(PROBLEM.id.encode()) % 2 else (home, other)
-    judgements, judge = judged(*servers, hedge_after_s=0.2)
+    judgements, judge = judged(*servers, hedge_after_s=10)
     assert judgements == [FOUR] * 3
     assert (judge.counts["hedged"], judge.counts["hedge-won"]) == (3, 3)
 
@@ -172,6 +172,6 @@ def test_a_trace_that_is_given_up_leaves_its_questions_to_others(tmp_path):
             other = asyncio.create_task(judge.grade_prefixes(PROBLEM, PREFIXES))
             await asyncio.sleep(0.05)
             given_up.cancel()
-            return await asyncio.wait_for(other, 20)
+            return await asyncio.wait_for(other, 120)
 
         assert [judgement.value for judgement in asyncio.run(run())] == [0.75] * 3

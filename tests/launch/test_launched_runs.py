@@ -4,10 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
-from helpers.runs import command_words, run_config, wait_until, write_problems
+from helpers.processes import family, left_behind, wait_until
+from helpers.runs import command_words, run_config, write_problems
 
 from exprl_megatron.runs.directory import RunDirectory
 
@@ -26,10 +26,6 @@ def steps_done(config) -> int:
     return metrics.read_text().count("\n") if metrics.is_file() else 0
 
 
-def all_end(processes: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(processes, timeout=30)[1]
-
-
 @pytest.fixture(scope="module")
 def config(tiny_model, tmp_path_factory):
     """A run far too long to end by itself, which restarts no server."""
@@ -44,7 +40,7 @@ def config(tiny_model, tmp_path_factory):
 def test_a_server_that_died_once_too_often_ends_the_run_with_its_name_and_log(config):
     run = start(config)
     wait_until(lambda: steps_done(config) >= 1 or run.poll() is not None, 300)
-    everyone = psutil.Process(run.pid).children(recursive=True)
+    everyone = family(run.pid)
     commands = {process: command_words(process) for process in everyone}
     servers = [p for p, words in commands.items() if words[2:3] == ["exprl_megatron.serving.keyed_server"]]
     judge_or_policy = {commands[p][commands[p].index("--model-path") + 1]: p for p in servers}
@@ -53,15 +49,15 @@ def test_a_server_that_died_once_too_often_ends_the_run_with_its_name_and_log(co
     assert run.returncode == 1
     assert "exprl: policy-0 (http://127.0.0.1:" in found
     assert "policy-0.log; its last lines:" in found
-    assert all_end(everyone)
+    assert not left_behind(everyone)
 
 
 def test_kill_9_of_the_launcher_leaves_no_process_behind(config):
     done = steps_done(config)
     run = start(config, "--resume")
     wait_until(lambda: steps_done(config) > done or run.poll() is not None, 300)
-    everyone = psutil.Process(run.pid).children(recursive=True)
+    everyone = family(run.pid)
     assert len(everyone) >= 8
     run.kill()
-    assert all_end(everyone)
+    assert not left_behind(everyone)
     run.communicate()

@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from helpers.runs import command_words, run_config, wait_until, write_problems
+from helpers.processes import family, left_behind, wait_until
+from helpers.runs import command_words, run_config, write_problems
 
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.launch.nodes import HeadNode, Node, WorkerNode, exit_error, parse_exit_report
@@ -181,11 +182,11 @@ def test_where_a_rank_of_another_node_is_killed_node_0_says_so_and_both_end(two_
     # Beside it is the fork server.
     (supervisor,) = (child for child in children if command_words(child)[-1:] == ["(trainer-1)"])
     (rank,) = supervisor.children()
-    family = psutil.Process(first.pid).children(recursive=True)
+    started = family(first.pid)
     os.kill(rank.pid, signal.SIGKILL)
     _, found = first.communicate(timeout=300)
     assert first.returncode == 1
     assert found.startswith("exprl: trainer-1 was killed by signal 9 (SIGKILL)"), found
     second.communicate(timeout=60)
     assert second.returncode == 0
-    assert not psutil.wait_procs([*family, supervisor], timeout=30)[1]
+    assert not left_behind([*started, supervisor])

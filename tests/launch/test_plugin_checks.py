@@ -35,7 +35,7 @@ def run(tmp_path, monkeypatch, tiny_model):
     problems.write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
     monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def make(body: str, model=None, **stage):
+    def make(body: str, model=None, deadline_s: float = 60.0, **stage):
         load_plugin.cache_clear()
         sys.modules.pop("mine", None)
         header = "import time\nimport torch\nfrom exprl_megatron.api import Abstained, Scored\n"
@@ -52,7 +52,7 @@ def run(tmp_path, monkeypatch, tiny_model):
             "plugin_path": [str(tmp_path / "code")],
             "policy": {"model": str(model or tiny_model("qwen3")), "max_tokens": 128},
             "step_metrics": ["mine:metrics"],
-            "verifier": {"domains": {"measured": "mine:verify"}, "answer_deadline_s": 1.0},
+            "verifier": {"domains": {"measured": "mine:verify"}, "answer_deadline_s": deadline_s},
             "stages": [{"kind": "sparse-rl", "name": "a", "steps": 1} | shared | stage],
         }
         return check_config(tree, "test")
@@ -120,7 +120,7 @@ def test_all_kinds_of_plugins_pass(run):
 )
 def test_a_plugin_that_would_fail_is_refused_before_the_run(run, name, body, sentence):
     others = "\n".join(line for line in GOOD.splitlines() if f"def {name}(" not in line)
-    config = run(f"{body}\n{others}")
+    config = run(f"{body}\n{others}", deadline_s=1.0 if "sleep" in body else 60.0)
     with pytest.raises(PluginError, match=sentence) as refused:
         check_inputs(config)
     message = str(refused.value)

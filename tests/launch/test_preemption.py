@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 import yaml
-from helpers.runs import wait_until
+from helpers.processes import family, left_behind, wait_until
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.policy.checkpoint import read_extra
@@ -78,7 +78,7 @@ def test_sigusr1_to_all_processes_of_a_run_ends_it_with_a_checkpoint_and_status_
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: paths.metrics.is_file() or run.poll() is not None, 300)
     # As Slurm does: to every process of the job's step.
-    everyone = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+    everyone = [psutil.Process(run.pid), *family(run.pid)]
     for process in everyone:
         process.send_signal(signal.SIGUSR1)
     _, found = run.communicate(timeout=300)
@@ -89,4 +89,4 @@ def test_sigusr1_to_all_processes_of_a_run_ends_it_with_a_checkpoint_and_status_
         "continue with --resume.\n"
     )
     assert paths.metrics.read_text().count("\n") == step
-    assert not psutil.wait_procs(everyone, timeout=30)[1]
+    assert not left_behind(everyone)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers.processes import family, left_behind, running
 
 from exprl_megatron.processes.child import ForkedChild
 from exprl_megatron.processes.fork_server import ForkRequest, ForkServer
@@ -22,7 +23,7 @@ from exprl_megatron.processes.supervise import HEARTBEAT
 PR_GET_CHILD_SUBREAPER = 37
 HERE = Path(__file__).parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-ENVIRONMENT["PYTHONPATH"] = str(HERE)
+ENVIRONMENT["PYTHONPATH"] = f"{HERE}{os.pathsep}{HERE.parent}"
 
 
 @pytest.fixture(params=["forked", "executed"])
@@ -52,14 +53,6 @@ def eventually(condition, seconds=60):
 def words(pid):
     """The words of its command; what follows a title is empty."""
     return " ".join(psutil.Process(pid).cmdline()).split()
-
-
-def running(pid):
-    """Whether the process runs; one that has ended and was not waited for does not."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def ready(log):
@@ -167,12 +160,12 @@ time.sleep(600)
 """
     launcher = subprocess.Popen([sys.executable, "-c", program], env=ENVIRONMENT)
     ready(tmp_path / "log")
-    family = psutil.Process(launcher.pid).children(recursive=True)
+    started = family(launcher.pid)
     # The fork server, the program, and its supervisor.
-    assert len(family) == 2 + supervised
+    assert len(started) == 2 + supervised
     launcher.kill()
     launcher.wait()
-    assert not psutil.wait_procs(family, timeout=60)[1]
+    assert not left_behind(started)
 
 
 def test_where_the_libraries_cannot_be_imported_processes_are_started_and_it_is_said_once(tmp_path, capfd):

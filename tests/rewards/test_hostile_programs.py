@@ -13,11 +13,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers.processes import left_behind
 
 from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.problems.problem import CodeTest
+from exprl_megatron.processes.descendants import existing
 from exprl_megatron.rewards.code_answer import CodeVerifier
 from exprl_megatron.rewards.code_sandbox import CodeSandbox
+from exprl_megatron.rewards.code_watch import CONTAINED, Watch
 from exprl_megatron.rewards.containment import Limits
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the programs use x86-64's system call numbers")
@@ -190,6 +193,18 @@ def test_the_processor_limit_ends_a_program_that_ignores_signals():
         sandbox.close()
 
 
+@pytest.mark.parametrize(("used_s", "ending"), [(1.0, "time"), (0.89, "time"), (0.6, "time"), (0.4, None)])
+def test_a_program_that_the_kernel_kills_at_its_limit_may_have_used_less(monkeypatch, used_s, ending):
+    """The kernel counts whole ticks: with a limit of 1 s it killed some at 0.898 s."""
+    control, other = socket.socketpair()
+    with control, other:
+        watch = Watch(0, None, control, [100, 101, 102], 0.0, Limits(cpu_s=1))
+        watch._open, watch._message = set(), CONTAINED
+        monkeypatch.setattr(watch, "_wait", lambda: (signal.SIGKILL, used_s))
+        reply = watch.reply(of_call=False)
+    assert reply.get("ending") == ending and ("failure" in reply) == (ending is None)
+
+
 def test_a_verdict_can_neither_be_found_nor_forged():
     begins = "correct-horse"
     test = CodeTest(json.dumps({"begins": begins}), f"{begins}-battery-staple")
@@ -213,23 +228,24 @@ def test_not_contained_the_same_programs_do_harm(sandbox, world, name):
 
 def test_an_endless_program_whose_trainer_was_killed_ends_too(tmp_path):
     code = (
-        "import os, signal, psutil, threading\n"
+        "import os, signal, threading, time\n"
+        "from exprl_megatron.processes.descendants import descendants\n"
         "from exprl_megatron.rewards.code_sandbox import CodeSandbox\n"
         "sandbox = CodeSandbox()\n"
         "sandbox.layers()\n"
         "def die():\n"
-        "    print(*(p.pid for p in psutil.Process().children(recursive=True)), flush=True)\n"
+        "    while len(pids := list(descendants(os.getpid()))) < 3:  # worker, zygote, program\n"
+        "        time.sleep(0.01)\n"
+        "    print(*pids, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "threading.Timer(1.0, die).start()\n"
+        "threading.Thread(target=die).start()\n"
         "sandbox.run('while True: pass', '', None, 600.0)\n"
     )
     trainer = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
     assert trainer.returncode == -signal.SIGKILL
     pids = [int(pid) for pid in trainer.stdout.split()]
-    assert len(pids) == 3  # worker, zygote, program
-    left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-    _, left = psutil.wait_procs(left, timeout=60)
-    left = [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
+    assert len(pids) == 3
+    left = left_behind(existing(pids))
     for process in left:
         process.kill()
     assert left == []

@@ -7,8 +7,10 @@ import sys
 
 import psutil
 import pytest
+from helpers.processes import left_behind
 
 from exprl_megatron.judging.judgement import Abstained, Scored
+from exprl_megatron.processes.descendants import existing
 from exprl_megatron.rewards.math_answer import MathVerifier
 
 ENDLESS = r"\boxed{9^{9^{9^{9}}}}"
@@ -135,25 +137,25 @@ def test_the_worker_loads_no_torch():
 
 def test_an_endless_comparison_whose_trainer_was_killed_ends_by_itself():
     code = (
-        "import asyncio, os, signal, psutil, threading\n"
+        "import asyncio, os, signal\n"
+        "from exprl_megatron.processes.descendants import child_pids\n"
         "from exprl_megatron.rewards.math_answer import MathVerifier\n"
+        "from exprl_megatron.rewards.worker_process import WorkerProcess\n"
         "verifier = MathVerifier()\n"
-        "print(psutil.Process().children()[0].pid, flush=True)\n"
+        "print(child_pids(os.getpid())[0], flush=True)\n"
         "asyncio.run(verifier.verify('36', 'ans 36', 60.0))\n"
-        "threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()\n"
+        # The request has been sent then.
+        "WorkerProcess._reply = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"asyncio.run(verifier.verify('36', {ENDLESS!r}, 2.0))\n"
     )
     trainer = subprocess.run(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False
     )
     assert trainer.returncode == -signal.SIGKILL
-    if psutil.pid_exists(int(trainer.stdout)):
-        worker = psutil.Process(int(trainer.stdout))
-        _, left = psutil.wait_procs([worker], timeout=60)
-        ended = not left or worker.status() == psutil.STATUS_ZOMBIE
-        if not ended:
-            worker.kill()
-        assert ended
+    left = left_behind(existing([int(trainer.stdout)]))
+    for worker in left:
+        worker.kill()
+    assert left == []
 
 
 @pytest.fixture(scope="module")

@@ -64,3 +64,15 @@ def test_a_client_that_was_not_opened_says_so():
     client = SGLangClient("http://127.0.0.1:1", "policy-0")
     with pytest.raises(RuntimeError, match="the client of policy-0 is not open"):
         asyncio.run(client.health())
+
+
+def test_a_client_that_was_closed_while_it_was_in_use_is_a_server_error():
+    """As where a server registers again: what asks it then asks another server, and the run does not end."""
+
+    async def closed():
+        async with SGLangClient("http://127.0.0.1:1", "policy-0") as client:
+            pass
+        await client.health()
+
+    with pytest.raises(ServerError, match=r"policy-0 \(http://127.0.0.1:1\), asked /health: its client was closed"):
+        asyncio.run(closed())

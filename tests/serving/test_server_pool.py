@@ -18,7 +18,7 @@ from exprl_megatron.serving.server_process import ServerSpec
 from exprl_megatron.serving.server_supervisor import ServerSupervisor
 from exprl_megatron.serving.shared_judge import JUDGE_VERSION, SharedJudgeClient
 
-CONFIG = {"start_deadline_s": 20, "request_deadline_s": 20, "answer_deadline_s": 2}
+CONFIG = {"start_deadline_s": 120, "request_deadline_s": 120, "answer_deadline_s": 60}
 
 
 class Backend:
@@ -36,7 +36,7 @@ class Backend:
     async def answer(self, request):
         self.asked.append(request.path)
         if not self.well and self.status is None:
-            await asyncio.sleep(60)
+            await asyncio.sleep(600)
         if not self.well:
             return web.json_response({"error": {"message": "unwell"}}, status=self.status)
         if request.path in self.slow:
@@ -108,7 +108,7 @@ async def who(pool, home=0):
 
 
 async def until(condition):
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(120):
         while not condition():
             await asyncio.sleep(0.02)
 
@@ -420,8 +420,21 @@ def test_a_new_incarnation_and_a_new_server_get_weights_before_any_request(regis
             await until(lambda: two.asked.count("/end_weight_update") == 2)
             await until(lambda: one.asked.count("/pause_generation") == 2)
             assert await who(pool) == await who(pool, 1) == "policy-1"
-            await asyncio.sleep(0.3)
+            await until(lambda: len(pool._members.in_state("pending")) == 2)
             assert await pool.prepare("v0") and names(pool) == ["policy-0", "policy-1", "policy-7"]
+
+    asyncio.run(run())
+
+
+def test_a_server_that_registers_again_while_it_is_reset_ends_no_run(registry):
+    async def run():
+        async with opened(registry, "policy-0") as (pool, one):
+            replica = pool._members._replicas["policy-0"]
+            registry.register(one.registered("b"))
+            await until(lambda: pool._members._replicas.get("policy-0") not in (None, replica))
+            assert not await pool._members._succeeds(replica, lambda client: client.reset(deadline_s=60))
+            await until(lambda: pool._members.in_state("pending"))
+            assert not pool._members._watcher.done()
 
     asyncio.run(run())
 
@@ -434,10 +447,10 @@ def test_where_no_server_is_left_requests_wait_until_one_has_the_weights(registr
             await until(lambda: "/get_model_info" in one.asked)
             assert await pool.wait_for(work, 0.1) == "nothing"
             one.well = True
-            assert await pool.wait_for(work, 20) == "weights"
+            assert await pool.wait_for(work, 120) == "weights"
             assert await pool.prepare("v0")
             await pool.commit("v0")
-            assert await pool.wait_for(work, 20) == "done"
+            assert await pool.wait_for(work, 120) == "done"
             assert work.result() == "policy-0"
 
     asyncio.run(run())

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
-from helpers.runs import finish, held_out, kill_when, run_config, start_ranks, wait_until, write_problems
+from helpers.processes import wait_until
+from helpers.runs import finish, held_out, kill_when, run_config, start_ranks, write_problems
 
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.problems.order import problem_indices

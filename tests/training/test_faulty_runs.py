@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from helpers.runs import command_words, wait_until
+from helpers.processes import family, left_behind, wait_until
+from helpers.runs import command_words
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.policy.checkpoint_files import checkpoints
@@ -69,7 +70,7 @@ class Launched:
         }
 
     def everyone(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+        return family(self.process.pid)
 
     def end(self, timeout_s: float = 300) -> tuple[int, str, str]:
         """Status and output; no process may be left."""
@@ -86,7 +87,7 @@ def run(tiny_model, tmp_path_factory):
 
 
 def nothing_left(everyone: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(everyone, timeout=60)[1]
+    return not left_behind(everyone)
 
 
 def test_the_rank_that_was_killed_is_named_and_not_the_connection_that_the_other_lost(run):

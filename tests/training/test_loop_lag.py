@@ -37,11 +37,11 @@ def test_after_the_stop_nothing_goes_on():
 
 
 def test_few_threads_work_beside_the_loop():
-    names = set()
+    names, together = set(), threading.Barrier(HOST_THREADS)
 
     def work():
         names.add(threading.current_thread().name)
-        time.sleep(0.01)
+        together.wait(120)
 
     async def many():
         lag = LoopLag()

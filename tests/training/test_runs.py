@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from helpers.forking import starter
-from helpers.runs import finish, held_out, kill_when, run_config, start_ranks, wait_until, write_problems
+from helpers.processes import wait_until
+from helpers.runs import finish, held_out, kill_when, run_config, start_ranks, write_problems
 from metric_names import undocumented
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM

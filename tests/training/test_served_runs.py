@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from helpers.runs import run_config, wait_until, write_problems
+from helpers.processes import family, left_behind, wait_until
+from helpers.runs import run_config, write_problems
 
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.registry import Registry
@@ -45,12 +46,12 @@ def test_a_run_learns_from_servers_that_another_command_keeps(config):
         wait_until(lambda: registry.all() or serving.poll() is not None, 900)
         (first,) = registry.all()
         assert first.name == "policy-0" and socket.gethostname() in first.url
-        family = psutil.Process(serving.pid).children(recursive=True)
+        started = family(serving.pid)
         _, told = training.communicate(timeout=900)
         assert training.returncode == 0, told
         assert RunDirectory(config.directory).metrics.read_text().count("\n") == 1
         assert serving.wait(120) == 0, serving.stderr.read()
-        assert not psutil.wait_procs(family, timeout=30)[1] and registry.all() == []
+        assert not left_behind(started) and registry.all() == []
     finally:
         for process in (training, serving):
             process.kill()
@@ -67,10 +68,10 @@ def test_a_dead_server_is_started_anew_and_registered_anew_and_sigterm_ends_all(
         wait_until(lambda: registry.all() not in ([], [first]) or serving.poll() is not None, 900)
         (second,) = registry.all()
         assert second.name == first.name and second.instance_id != first.instance_id
-        family = psutil.Process(serving.pid).children(recursive=True)
+        started = family(serving.pid)
         serving.terminate()
         serving.communicate(timeout=300)
-        assert not psutil.wait_procs(family, timeout=30)[1] and registry.all() == []
+        assert not left_behind(started) and registry.all() == []
     finally:
         serving.kill()
         serving.communicate()
