@@ -47,5 +47,6 @@ def report_command(
     model = write_page(out, reader, int(max_mb * 1e6))
     places = [place for run in model.tree["runs"] for place in run["places"]]
     kept, of = (sum(place.get(name, 0) for place in places) for name in ("kept", "traces"))
+    texts = f"{kept} of {of} traces with their texts" if of else "no traces yet"
     shown = "with references" if not without_references else "without references"
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {kept} of {of} traces with their texts, {shown}")
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {texts}, {shown}")

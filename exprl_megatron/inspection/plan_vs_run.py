@@ -141,7 +141,8 @@ def _rows(stage: str, planned: Plan, steps: list[dict]) -> list[ComparedFigure]:
             rows.append(ComparedFigure(stage, name, predicted or None, median(clocks) if clocks else None))
     # A checkpoint is written between steps.
     whole = sum(seconds.values()) - seconds["save"]
-    return [*rows, ComparedFigure(stage, "step", whole, median(step["seconds/step"] for step in steps))]
+    measured = [seconds for step in steps if (seconds := step.get("seconds/step"))]
+    return [*rows, ComparedFigure(stage, "step", whole, median(measured) if measured else None)]
 
 
 def prediction_device(config: RunConfig, name: str | None) -> tuple[Gpu, str]:

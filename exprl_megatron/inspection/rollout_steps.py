@@ -109,10 +109,8 @@ def evaluation_file(directory: RunDirectory, name: str) -> Path:
     kept = sorted(path.relative_to(directory.evaluations) for path in directory.evaluations.rglob("*.parquet"))
     names = [str(path.with_suffix("")) for path in kept]
     if name not in names:
-        raise UserError(
-            f"{directory.evaluations} has no answers of an evaluation {name!r}; "
-            f"there are those of {', '.join(names) or 'none'}."
-        )
+        kept_names = f"it has those of {', '.join(names)}" if names else "the run has kept no evaluation's answers"
+        raise UserError(f"{directory.evaluations} has no answers of an evaluation {name!r}; {kept_names}.")
     return directory.evaluations / f"{name}.parquet"
 
 

@@ -30,11 +30,13 @@ def show_waterfall(run: Path, stage: str | None, last: int, picture: Path | None
         require_run(run)
     spans = read_timeline(directory.timeline)
     times = step_times(spans)
-    stage = stage or (times[-1].stage if times else "")
+    stage = stage or (times[-1].stage if times else None)
     chosen = [time for time in times if time.stage == stage][-last:]
+    if not times:
+        raise UserError(f"{run} has finished no step yet; wait for one.")
     if not chosen:
-        known = ", ".join(dict.fromkeys(time.stage for time in times)) or "none"
-        raise UserError(f"{run} has no finished step of stage {stage or '(any)'}; it has steps of: {known}.")
+        known = ", ".join(dict.fromkeys(time.stage for time in times))
+        raise UserError(f"{run} has no finished step of stage {stage}; it has steps of {known}.")
     phases = mean_phases(chosen)
     title = f"{stage}, steps {chosen[0].step} to {chosen[-1].step}"
     if json:

@@ -24,7 +24,7 @@ def show_judgement(prefix: str | None, run: Path | None, store: Path | None, as_
     An entry of a run is shown with the traces that it scored, `limit` of them at most.
     Raises UserError where there is no such store, run or hash.
     """
-    with JudgementStore(store_file(run, store)) as kept:
+    with JudgementStore(store_file(run, store), read_only=True) as kept:
         entries = kept.newest(limit) if prefix is None else [kept.entry(prefix)]
     places = [] if run is None or prefix is None else scored_by(run, entries[0].key, limit)
     if as_json:

@@ -25,6 +25,8 @@ MIN_PREFIX_LENGTH = 6
 class JudgementStore:
     """The store in the file `path`, which is created if it does not exist; safe for use by several threads.
 
+    With `read_only` nothing is added, and the store can also be one that this user may not write to.
+
     Judgements are written in a thread of the store: all that arrive while it writes go into one transaction.
 
     Raises:
@@ -32,9 +34,9 @@ class JudgementStore:
             or cannot be read or written.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, read_only: bool = False):
         self.path = Path(path)
-        self._reader, self._writer = StoreConnection(self.path), StoreConnection(self.path)
+        self._reader, self._writer = StoreConnection(self.path, read_only), StoreConnection(self.path, read_only)
         self._waiting: list[tuple[list[JudgementRow], Future[None]]] = []
         self._waiting_lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, "judgement-store")

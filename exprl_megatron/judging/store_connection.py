@@ -30,10 +30,10 @@ _RUBRICS = "SELECT key, created, asked, answer, rubric FROM rubrics"
 class StoreConnection:
     """A connection to the store with its cached texts; hold the lock while using it."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, read_only: bool = False):
         self._path = path
         self.lock = threading.Lock()
-        self.connection = open_store(path)
+        self.connection = open_store(path, read_only)
         self._has_version_1 = has_version_1(self.connection)
         self.texts = StoredTexts(self.run)
 

@@ -43,8 +43,10 @@ PRAGMA user_version = {SCHEMA_VERSION};
 """
 
 
-def open_store(path: Path) -> sqlite3.Connection:
+def open_store(path: Path, read_only: bool = False) -> sqlite3.Connection:
     """Connect in autocommit mode to the store in `path`, which is created if it does not exist.
+
+    With `read_only` it is also opened where this user may not write, for example in an archive.
 
     Raises:
         UserError: the file is not a judgement store, has an unknown version, or cannot be used.
@@ -53,7 +55,9 @@ def open_store(path: Path) -> sqlite3.Connection:
         if not path.exists():
             _create(path)
         # No cursor stays open, so that no read blocks a checkpoint.
-        connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(
+            _uri(path, read_only), timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, uri=True
+        )
     except (sqlite3.Error, OSError) as error:
         raise UserError(f"The judgement store {path} cannot be opened ({error}); correct judge.store.") from error
     connection.text_factory = lambda data: data.decode("utf-8", "surrogatepass")
@@ -67,6 +71,16 @@ def open_store(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _uri(path: Path, read_only: bool) -> str:
+    uri = path.resolve().as_uri()
+    if not read_only or (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
+        return uri
+    # Reading in WAL mode needs the files -wal and -shm, which SQLite cannot make here. Where there are none, nothing
+    # but the file itself has rows.
+    wal = path.with_name(f"{path.name}-wal")
+    return f"{uri}?mode=ro" if wal.exists() else f"{uri}?immutable=1"
 
 
 def store_error(path: Path, error: Exception) -> UserError:

@@ -96,10 +96,20 @@ def read_metrics(jsonl: Path) -> list[dict]:
     records = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            records.append(json.loads(line))
+            records.append(_record(line))
         except ValueError as error:
             raise UserError(f"{jsonl} line {number} is damaged ({error}); delete that line.") from error
     return _by_step([_with_new_names(record) for record in records])
+
+
+def _record(line: bytes) -> dict:
+    """Return the record of a line; NaN and Infinity, which other writers may have written, become null."""
+    record = json.loads(line, parse_constant=lambda _: None)
+    if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
+        raise ValueError("it is not the record of a step")
+    if missing := {"stage", "step", "wall_s"} - record.keys():
+        raise ValueError(f"it has no {min(missing)}")
+    return record
 
 
 def _with_new_names(record: dict) -> dict:

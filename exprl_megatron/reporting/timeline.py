@@ -1,6 +1,7 @@
 """The timeline of a run: one JSON object for every span of work, in timeline.jsonl."""
 
 import json
+import math
 import os
 import threading
 from dataclasses import asdict, dataclass
@@ -68,8 +69,17 @@ def read_timeline(path: Path) -> list[Span]:
     """
     if not path.is_file():
         raise UserError(f"There is no {path}; name the directory of a run that has taken a step.")
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    try:
-        return [Span(**json.loads(line)) for line in lines]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete the damaged line.") from error
+    spans = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            spans.append(_span(line))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} line {number} is damaged ({error}); delete that line.") from error
+    return spans
+
+
+def _span(line: bytes) -> Span:
+    span = Span(**json.loads(line))
+    if not (math.isfinite(span.start) and math.isfinite(span.end)):
+        raise ValueError("start and end are not finite numbers")
+    return span

@@ -44,6 +44,27 @@ def write_run(root: Path, problem: str = "train-1", said: str = "well done", lea
     return root
 
 
+def write_killed_run(root: Path) -> Path:
+    """A run that was killed in its first step: it leaves its config alone."""
+    root.mkdir(parents=True)
+    _write_config(root, "train-1", 1e-4)
+    (root / "metrics.jsonl").write_text("")
+    return root
+
+
+def write_unscored_run(root: Path) -> Path:
+    """A run of one step without any score, with metrics that are not finite as Python's json writes them."""
+    write_killed_run(root)
+    unscored = tuple(_graded("train-2", number, Abstained("timeout", "no answer")) for number in range(2))
+    Journal(root / "journal").write("sparse", 1, SampledStep([Group("train-2", unscored)], 1))
+    metrics = {"loss": float("nan"), "kl/old": float("inf"), "reward/mean": 0.0, "seconds/step": 1.0}
+    evaluation = {"evaluation/pass@1": None, "evaluation/pass@1/low": None, "evaluation/pass@1/high": None}
+    records = [(0, evaluation), (1, metrics)]
+    lines = [json.dumps({"stage": "sparse", "step": n, "wall_s": 1.0, "metrics": values}) for n, values in records]
+    (root / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
 def write_step_of_an_earlier_version(root: Path) -> None:
     """A step after the last whose verifier's reason for an abstention is the reference."""
     samples = tuple(_graded("train-2", number, Abstained(REFERENCE, REFERENCE)) for number in range(2))

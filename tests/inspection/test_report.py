@@ -17,8 +17,10 @@ from report_runs import (
     REFERENCE,
     SECOND,
     STEPS,
+    write_killed_run,
     write_run,
     write_step_of_an_earlier_version,
+    write_unscored_run,
 )
 
 from exprl_megatron.inspection.report_page.page_blocks import PageBlock, SizeBudget, pack
@@ -205,6 +207,20 @@ def test_a_damaged_step_is_named_and_the_others_are_shown(page, tmp_path):
     places = page(run).model["runs"][0]["places"]
     assert "step-000002.parquet is damaged" in places[1]["fault"]
     assert [place.get("kept") for place in places[:3]] == [4, None, 4]
+
+
+def test_a_run_killed_in_its_first_step_has_a_page(exprl, tmp_path):
+    run = write_killed_run(tmp_path / "run")
+    status, said, _ = exprl(run, "--out", tmp_path / "page.html")
+    assert status == 0 and "no traces yet" in said
+    (shown,) = _Page(tmp_path / "page.html").model["runs"]
+    assert (shown["curves"]["steps"], shown["places"], shown["time"]["steps"]) == ([], [], [])
+
+
+def test_metrics_that_are_not_finite_are_missing_in_the_page(page, tmp_path):
+    (shown,) = page(write_unscored_run(tmp_path / "run")).model["runs"]
+    assert shown["curves"]["metrics"] == {"loss": [None], "kl/old": [None], "reward/mean": [0.0], "seconds/step": [1.0]}
+    assert shown["places"][0]["judge"]["abstained"] == {"timeout": 2}
 
 
 def test_a_step_is_read_again_when_the_trainers_log_probs_of_it_are_complete(tmp_path):

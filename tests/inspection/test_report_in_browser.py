@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
-from report_runs import CANARY, FIRST, write_run
+from report_runs import CANARY, FIRST, write_killed_run, write_run, write_unscored_run
 
 from exprl_megatron.inspection.report_page.page_file import write_page
 from exprl_megatron.inspection.report_page.page_model import PageReader
@@ -56,7 +56,7 @@ class _Tab:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", lambda message: self.complaints.append(message.text))
         self.page.goto(file if isinstance(file, str) else file.as_uri())
-        self.page.wait_for_selector(".plot .main-svg")
+        self.page.wait_for_selector("#tabs button")
 
     def open(self, tab: str) -> None:
         self.page.click(f"#tab-{tab}")
@@ -172,6 +172,26 @@ def test_a_narrow_dark_page_needs_no_sideways_scrolling(chromium, file):
     assert max(tab.page.evaluate(background)) < 60
     tab.page.click("button:text-is('Dark or light')")
     assert min(tab.page.evaluate(background)) > 200
+    assert tab.complaints == []
+    tab.context.close()
+
+
+def test_runs_without_a_step_or_without_a_score_are_shown_as_what_they_are(chromium, tmp_path):
+    runs = [write_killed_run(tmp_path / "killed"), write_unscored_run(tmp_path / "unscored")]
+    write_page(tmp_path / "page.html", PageReader(runs, references=True))
+    tab = _Tab(chromium, tmp_path / "page.html", viewport={"width": 1280, "height": 900})
+    shown = ["no step yet", "1 step"]
+    assert [text for text in shown if text in tab.page.locator(".runs").inner_text()] == shown
+    tab.open("curves")
+    tab.page.fill("#metric-filter", "l")
+    assert tab.page.locator("text='no finite value'").count() == 2
+    tab.open("traces")
+    tab.page.select_option("label:has-text('Run') select", "0")
+    assert "killed has no traces: its rollout log is empty." in tab.page.locator("main").inner_text()
+    tab.open("judge")
+    tab.page.locator("text='no score'").nth(1).wait_for()
+    tab.open("time")
+    assert tab.texts("main section .note")[:1] == ["No step is finished yet."]
     assert tab.complaints == []
     tab.context.close()
 

@@ -205,7 +205,7 @@ def test_held_out_answers_are_shown_alike(exprl, run):
     _, printed, _ = exprl(run, "--evaluation", "prime/step-2", "--text")
     assert "evaluation prime/step-2, group 0: held-out (math)" in printed and "41" in printed
     status, _, said = exprl(run, "--evaluation", "sparse")
-    assert status == 2 and "there are those of prime/step-2, start." in said and said.count("\n") == 1
+    assert status == 2 and "it has those of prime/step-2, start." in said and said.count("\n") == 1
 
 
 def test_a_run_that_is_going_on_is_shown_up_to_its_last_whole_step(exprl, run):

@@ -404,3 +404,25 @@ def test_looking_for_a_key_and_for_the_newest_reads_no_more_rows_than_it_shows(t
     for statement, (plan,) in plans.items():
         # Read from its end, no more than the limit is read of a table; what is sorted would be read whole.
         assert "USING INDEX" in plan if "WHERE" in statement else plan == f"SCAN {table}"
+
+
+def test_a_store_that_may_not_be_written_to_is_read_and_nothing_is_made_beside_it(tmp_path, monkeypatch):
+    file = tmp_path / "s.sqlite"
+    with JudgementStore(file) as store:
+        store.add_judgement(KEY, {"trace": "x"}, "answer", Scored(0.5, "answer"))
+    # As os.access says in a directory of another user; tests may be root's, whom nothing stops.
+    monkeypatch.setattr("exprl_megatron.judging.store_file.os.access", lambda path, mode: False)
+    with JudgementStore(file, read_only=True) as store:
+        assert store.find_judgement(KEY) == Scored(0.5, "answer")
+        assert [path.name for path in tmp_path.iterdir()] == ["s.sqlite"]
+        with pytest.raises(UserError, match="cannot be used"):
+            store.add_rubric("0" * 64, {}, "answer", "{}")
+
+
+def test_a_store_that_another_process_writes_is_read_with_its_newest_rows(tmp_path, monkeypatch):
+    file = tmp_path / "s.sqlite"
+    with JudgementStore(file) as writer:
+        writer.add_judgement(KEY, {"trace": "x"}, "answer", Scored(0.5, "answer"))
+        monkeypatch.setattr("exprl_megatron.judging.store_file.os.access", lambda path, mode: False)
+        with JudgementStore(file, read_only=True) as store:
+            assert store.find_judgement(KEY) == Scored(0.5, "answer")

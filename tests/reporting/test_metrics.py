@@ -91,9 +91,13 @@ def test_a_last_line_cut_off_by_a_crash_is_dropped(tmp_path):
     assert [r["step"] for r in read_metrics(path)] == [1, 3]
 
 
-def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path):
+GOOD = '{"stage": "a", "step": 1, "wall_s": 1.0, "metrics": {}}'
+
+
+@pytest.mark.parametrize("line", ['{"step"', "[]", '{"step": 2, "metrics": {}}', GOOD.replace("{}", "1")])
+def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
+    path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is damaged"):
         _writer(tmp_path)
 

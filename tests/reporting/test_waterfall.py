@@ -89,7 +89,7 @@ def test_a_run_s_waterfall_is_printed_drawn_and_given_to_machines(tmp_path, caps
     show_waterfall(tmp_path, "prime", 1, None, json=True)
     told = json.loads(capsys.readouterr().out)
     assert told["mean"]["sampling"] == 6.0 and told["steps"][0]["step"] == 1
-    with pytest.raises(UserError, match=r"no finished step of stage sparse; it has steps of: prime"):
+    with pytest.raises(UserError, match=r"no finished step of stage sparse; it has steps of prime"):
         show_waterfall(tmp_path, "sparse", 20, None, json=False)
 
 
@@ -104,9 +104,12 @@ def test_a_waterfall_says_which_stage_it_shows_where_there_are_others(tmp_path, 
     assert "sparse, steps 1 to 1" in shown and "This is stage sparse; --stage shows prime." in shown
 
 
-def test_a_damaged_timeline_is_refused(tmp_path):
-    (tmp_path / "timeline.jsonl").write_text('{"stage": 1}\n')
-    with pytest.raises(UserError, match=r"timeline\.jsonl is damaged"):
+@pytest.mark.parametrize(
+    "line", ['{"stage": 1}', "[]", '{"stage": "a", "step": 1, "name": "train", "start": NaN, "end": 1.0}']
+)
+def test_a_damaged_timeline_is_refused(tmp_path, line):
+    (tmp_path / "timeline.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"timeline\.jsonl line 1 is damaged"):
         read_timeline(tmp_path / "timeline.jsonl")
     with pytest.raises(UserError, match="name the directory of a run"):
         read_timeline(tmp_path / "none.jsonl")

@@ -20,7 +20,7 @@ class JudgeWords:
     def __init__(self, run: Path):
         self._store: JudgementStore | None
         try:
-            self._store = JudgementStore(store_file(run, None))
+            self._store = JudgementStore(store_file(run, None), read_only=True)
         except UserError:
             self._store = None
 

@@ -32,7 +32,7 @@ function curveTab() {
       el("label", { class: "field" }, el("span", {}, "Metrics with"), search)),
     thinned(),
     wanted === "" || "evaluation".includes(wanted) ? evaluationSection() : null,
-    sections,
+    sections.some(Boolean) ? sections : note(wanted ? "No metric has this in its name." : "No step is finished yet; its metrics will be here."),
     wanted === "" ? configSection() : null,
   ];
 }
@@ -58,8 +58,8 @@ function curveGroup(group, names, forced) {
 }
 
 function metricChart(name) {
-  // Around a constant zero the library would draw an axis from -1 to 1.
-  const zero = shownRuns().every(([run]) => (run.curves.metrics[name] ?? []).every((value) => !value));
+  const values = shownRuns().flatMap(([run]) => run.curves.metrics[name] ?? []);
+  const none = values.every((value) => value === null);
   return chart(name, (color) => ({
     traces: shownRuns().filter(([run]) => run.curves.metrics[name]).map(([run, index]) => ({
       type: "scatter", mode: run.curves.steps.length > 60 ? "lines" : "lines+markers", marker: { size: 4 },
@@ -68,7 +68,7 @@ function metricChart(name) {
       customdata: run.curves.stages.map((stage, place) => `${chartText(stage)}, step ${run.curves.steps[place]}`),
       hovertemplate: "%{customdata}: %{y:.4g}<extra>%{fullData.name}</extra>",
     })),
-    layout: { ...stageMarks(color), xaxis: { title: { text: axisTitle() } }, yaxis: zero ? { range: [-0.02, 1] } : {} },
+    layout: none ? emptyLayout("no finite value") : { ...stageMarks(color), xaxis: curveAxis(), yaxis: valueAxis(values) },
   }));
 }
 
@@ -88,13 +88,13 @@ function evaluationSection() {
 
 function interval(values, name) {
   const value = values[name];
-  return value === undefined ? "–" : `${percent(value)} [${percent(values[`${name}/low`])}, ${percent(values[`${name}/high`])}]`;
+  return value === undefined || value === null ? "–" : `${percent(value)} [${percent(values[`${name}/low`])}, ${percent(values[`${name}/high`])}]`;
 }
 
 function evaluationChart(name) {
   return chart(`${name} on held-out problems`, (color) => ({
     traces: shownRuns().map(([run, index]) => {
-      const found = run.curves.evaluations.filter((each) => each.values[name] !== undefined);
+      const found = run.curves.evaluations.filter((each) => typeof each.values[name] === "number");
       return {
         type: "scatter", mode: "lines+markers", name: chartText(run.name),
         x: found.map((each) => (state.axis === "step" ? each.step : each.wall / 60)),
@@ -108,13 +108,20 @@ function evaluationChart(name) {
         hovertemplate: "%{x:.4g}: %{y:.1%}<extra>%{fullData.name}</extra>",
       };
     }),
-    layout: { ...stageMarks(color), xaxis: { title: { text: axisTitle() } }, yaxis: { tickformat: ".0%", rangemode: "tozero" } },
+    layout: { ...stageMarks(color), xaxis: evaluationAxis(), yaxis: { tickformat: ".0%", rangemode: "tozero" } },
   }));
+}
+
+function evaluationAxis() {
+  const steps = shownRuns().flatMap(([run]) => [...run.curves.steps, ...run.curves.evaluations.map((each) => each.step)]);
+  return state.axis === "step" ? stepAxis(steps) : curveAxis();
 }
 
 function configSection() {
   const several = MODEL.runs.length > 1;
-  const differing = MODEL.config.filter((row) => row.differs);
+  // What all runs have comes first: the keys of a stage that only one of them has are many.
+  const alone = (row) => row.values.some((value) => value === "");
+  const differing = MODEL.config.filter((row) => row.differs).sort((a, b) => alone(a) - alone(b));
   const rows = (found) => found.map((row) => [row.key, ...row.values]);
   const headings = ["key", ...MODEL.runs.map((run) => run.name)];
   return el("details", { class: "group", open: several },

@@ -25,8 +25,9 @@ function agreementSection() {
       hovertemplate: "step %{x}: %{y:.3g}<extra>%{fullData.name}</extra>",
     };
   });
-  const share = { xaxis: { title: { text: "step" } }, yaxis: { tickformat: ".1%", rangemode: "tozero" } };
-  const scores = { xaxis: { title: { text: "step" } }, yaxis: { range: [-0.03, 1.03] } };
+  const xaxis = stepAxis(runs.flatMap(([run]) => judgedSteps(run).map((place) => stepNumber(run, place))));
+  const share = { xaxis, yaxis: { tickformat: ".1%", rangemode: "tozero" } };
+  const scores = { xaxis, yaxis: { range: [-0.03, 1.03] } };
   return el("section", {}, el("h2", { class: "of-run" }, "Judge against verifier"),
     el("div", { class: "grid" },
       chart("traces on which they disagree (scores more than 0.5 apart)", () => ({ traces: lines((each) => each.disagree / each.compared), layout: share })),
@@ -63,6 +64,7 @@ function ramp(color) {
 
 function histogram(run, steps, color) {
   const bins = steps[0].judge.scores.length;
+  if (!steps.some((place) => sum(place.judge.scores))) return { traces: [], layout: emptyLayout("no score") };
   const scored = steps.map((place) => sum(place.judge.scores) || 1);
   return {
     traces: [{
@@ -72,23 +74,20 @@ function histogram(run, steps, color) {
       zmin: 0, zmax: 1, colorscale: ramp(color), colorbar: { thickness: 8, tickformat: ".0%", outlinewidth: 0 },
       hovertemplate: "step %{x}, score about %{y:.2f}: %{z:.1%}<extra></extra>",
     }],
-    layout: { xaxis: { title: { text: "step" } }, yaxis: { title: { text: "score" }, range: [0, 1] } },
+    layout: { xaxis: stepAxis(steps.map((place) => stepNumber(run, place))), yaxis: { title: { text: "score" }, range: [0, 1] } },
   };
 }
 
 function abstentions(run, steps) {
   const reasons = [...new Set(steps.flatMap((place) => Object.keys(place.judge.abstained)))].sort();
   const x = steps.map((place) => stepNumber(run, place));
-  const none = reasons.length === 0;
+  if (!reasons.length) return { traces: [], layout: emptyLayout("none") };
   return {
-    traces: none ? [] : reasons.map((reason, at) => ({
+    traces: reasons.map((reason, at) => ({
       type: "bar", name: chartText(reason), x, y: steps.map((place) => place.judge.abstained[reason] || 0),
       marker: { color: ORDERED[at % ORDERED.length] }, hovertemplate: "step %{x}: %{y}<extra>%{fullData.name}</extra>",
     })),
-    layout: {
-      barmode: "stack", showlegend: !none, xaxis: { title: { text: "step" } },
-      annotations: none ? [{ text: "none", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 }] : [],
-    },
+    layout: { barmode: "stack", showlegend: true, xaxis: stepAxis(x) },
   };
 }
 
@@ -96,6 +95,7 @@ function lengths(steps, color) {
   const most = Math.max(...steps.map((place) => place.judge.most_tokens));
   const alike = steps.filter((place) => place.judge.most_tokens === most);
   const [columns, rows] = [alike[0].judge.lengths.length, alike[0].judge.lengths[0].length];
+  if (!alike.some((place) => place.judge.lengths.some((of) => sum(of)))) return { traces: [], layout: emptyLayout("no score") };
   const count = (column, row) => sum(alike.map((place) => place.judge.lengths[column][row]));
   return {
     traces: [{

@@ -24,7 +24,7 @@ function header() {
 }
 
 function outcome(run) {
-  const steps = run.curves.steps.length ? `${run.curves.steps.at(-1)} steps` : "no step yet";
+  const steps = run.curves.steps.length ? counted(run.curves.steps.at(-1), "step") : "no step yet";
   if (!run.record.start) return steps;
   if (!run.record.end) return `${steps}, running or killed`;
   return run.record.status === "0" ? `${steps}, ended` : `${steps}, stopped`;
@@ -59,7 +59,7 @@ function refresh(focused) {
   const cursor = focused && document.getElementById(focused)?.selectionStart;
   document.getElementById("top").replaceChildren(...header().flat(Infinity).filter(Boolean));
   document.getElementById("tabs").replaceChildren(...tabs());
-  const content = CONTENTS[state.tab]().flat(Infinity).filter(Boolean);
+  const content = [CONTENTS[state.tab]()].flat(Infinity).filter(Boolean);
   const main = document.getElementById("main");
   main.setAttribute("aria-labelledby", `tab-${state.tab}`);
   main.replaceChildren(...content);

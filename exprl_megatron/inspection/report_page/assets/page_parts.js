@@ -45,6 +45,8 @@ function number(value, digits = 3) {
   return size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(2) : String(Number(value.toPrecision(digits)));
 }
 
+const counted = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
+
 function signed(value) {
   return value === null || value === undefined ? "–" : (value < 0 ? "−" : "+") + number(Math.abs(value));
 }
@@ -100,6 +102,12 @@ function chart(title, make, options = {}) {
     options.below ? el("div", { class: "below" }, options.below) : null);
 }
 
+// Of a chart that has nothing to draw.
+function emptyLayout(text) {
+  const centered = { showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 };
+  return { xaxis: { visible: false }, yaxis: { visible: false }, annotations: [{ text, ...centered }] };
+}
+
 function forgetCharts() {
   for (const place of drawn.keys()) Plotly.purge(place);
   drawn.clear();
@@ -141,7 +149,25 @@ function axisOf(run) {
   return state.axis === "step" ? run.curves.steps : run.curves.wall.map((seconds) => seconds / 60);
 }
 
-const axisTitle = () => (state.axis === "step" ? "step" : "minutes");
+// The axis of `axisOf`, by default of the shown runs.
+function curveAxis() {
+  return state.axis === "step" ? stepAxis(shownRuns().flatMap(([run]) => run.curves.steps)) : { title: { text: "minutes" } };
+}
+
+// An axis of whole steps: with few of them the library would mark parts of steps, too.
+function stepAxis(steps) {
+  const [low, high] = [Math.min(...steps), Math.max(...steps)];
+  const few = high - low < 8 ? { dtick: 1, tick0: 0 } : {};
+  return { title: { text: "step" }, ...few, ...(low === high ? { range: [low - 0.6, low + 0.6] } : {}) };
+}
+
+// Around a constant the library would draw an axis from 1 below it to 1 above it, whatever its size.
+function valueAxis(values) {
+  const found = values.filter((value) => typeof value === "number");
+  const [low, high] = [Math.min(...found), Math.max(...found)];
+  if (!found.length || low !== high) return {};
+  return { range: low === 0 ? [-0.02, 1] : low > 0 ? [0, 2 * low] : [2 * low, 0] };
+}
 
 // A line where a stage begins; one for all runs where they agree.
 function stageMarks(color) {
@@ -152,19 +178,26 @@ function stageMarks(color) {
       if (place > 0 && stages[place - 1] === stage) return;
       const x = state.axis === "step" ? steps[place] - 0.5 : place === 0 ? 0 : wall[place - 1] / 60;
       const key = `${x}|${stage}`;
-      if (!marks.has(key)) marks.set(key, { x, stage, index });
+      const former = marks.get(key);
+      marks.set(key, former ? { ...former, several: true } : { x, stage, index });
     });
   }
-  const all = [...marks.values()];
+  // Stages of several runs that begin at the same place share a line and a label.
+  const joined = new Map();
+  for (const mark of marks.values()) {
+    const former = joined.get(mark.x);
+    joined.set(mark.x, former ? { ...former, stage: `${former.stage}, ${mark.stage}`, several: true } : mark);
+  }
+  const all = [...joined.values()];
   const one = new Set(all.map(({ index }) => index)).size <= 1;
   return {
-    shapes: all.map(({ x, index }) => ({
+    shapes: all.map(({ x, index, several }) => ({
       type: "line", x0: x, x1: x, yref: "paper", y0: 0, y1: 1,
-      line: { color: one ? color("--muted") : runColor(index), width: 1, dash: "dot" },
+      line: { color: one || several ? color("--muted") : runColor(index), width: 1, dash: "dot" },
     })),
-    annotations: all.map(({ x, stage, index }) => ({
+    annotations: all.map(({ x, stage, index, several }) => ({
       x, yref: "paper", y: 1, yanchor: "bottom", xanchor: "left", showarrow: false, text: chartText(stage),
-      font: { size: 9, color: one ? color("--muted") : runColor(index) },
+      font: { size: 9, color: one || several ? color("--muted") : runColor(index) },
     })),
   };
 }

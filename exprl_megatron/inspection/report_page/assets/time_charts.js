@@ -3,8 +3,8 @@
 function timeTab() {
   return shownRuns().map(([run, index]) => el("section", {},
     el("h2", { class: "of-run" }, el("span", { class: "chip", style: { "--run": runColor(index) } }), run.name),
-    run.time.steps.length ? phases(run) : note("No finished step is on its timeline."),
-    parts(run), predicted(run)));
+    run.time.steps.length ? phases(run) : note("No step is finished yet."),
+    parts(run), run.curves.steps.length ? predicted(run) : null));
 }
 
 function phases(run) {
@@ -69,7 +69,7 @@ function family(run, title, names, unit) {
       type: "scatter", mode: "lines", x: axisOf(run), y: run.curves.metrics[name], name: chartText(name),
       line: { color: ORDERED[at % ORDERED.length], width: 1.6 }, hovertemplate: "%{x:.4g}: %{y:.4g}<extra>%{fullData.name}</extra>",
     })),
-    layout: { ...stageMarks(color), showlegend: true, xaxis: { title: { text: axisTitle() } }, yaxis: { title: { text: unit }, rangemode: "tozero" } },
+    layout: { ...stageMarks(color), showlegend: true, xaxis: curveAxis(), yaxis: { title: { text: unit }, rangemode: "tozero" } },
   }), { height: 280 });
 }
 

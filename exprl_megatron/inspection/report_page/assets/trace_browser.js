@@ -98,7 +98,7 @@ function traceControls(run, places) {
 
 function howMany(run, place) {
   if (place.fault) return null;
-  const parts = [`${place.traces} traces in ${place.groups} groups`];
+  const parts = [`${counted(place.traces, "trace")} in ${counted(place.groups, "group")}`];
   if (place.kept < place.traces) {
     parts.push(`the texts of ${place.kept} of them are in this page, those first on which judge and verifier disagree, ` +
       "then those without a score, then the widest groups; `exprl show` prints every one");
@@ -150,7 +150,7 @@ function fillTraces(run, place, groups, list, detail) {
 function groupHeading(group) {
   const scores = group.traces.map((row) => row.score).filter((score) => score !== null);
   const spread = scores.length ? `, ${number(Math.min(...scores))} to ${number(Math.max(...scores))}` : "";
-  return el("h3", { class: "group-heading" }, group.problem, el("span", { class: "muted" }, ` ${group.domain}${spread}`));
+  return el("h3", { class: "group-heading clamped", title: group.problem }, group.problem, el("span", { class: "muted" }, ` ${group.domain}${spread}`));
 }
 
 function traceButton(each, onclick) {
@@ -159,7 +159,7 @@ function traceButton(each, onclick) {
     el("span", { class: "swatch", style: { background: scoreColor(row.score) }, "aria-hidden": "true" }),
     el("span", { class: "score" }, row.score === null ? "none" : number(row.score, 2)),
     el("span", { class: "what" },
-      state.sort === "page" ? `sample ${row.sample}` : `${group.problem}, sample ${row.sample}`,
+      state.sort === "page" ? `sample ${row.sample}` : el("span", { class: "clamped", title: group.problem }, `sample ${row.sample} of ${group.problem}`),
       row.score === null ? el("span", { class: "tag" }, row.reason) : null,
       verifierTag(row),
       row.finish === "length" ? el("span", { class: "tag" }, "cut off") : null),
@@ -196,7 +196,7 @@ function traceDetail(run, place, { group, row }, again) {
   ];
   if (row.hash) facts.push(["judgement", row.hash]);
   return [
-    el("h2", {}, `${group.problem}, sample ${row.sample}`),
+    el("h2", { class: "clamped", title: group.problem }, `Sample ${row.sample} of ${group.problem}`),
     el("p", { class: "muted" }, `${run.name}: ${placeName(place)}, group ${group.number}`),
     el("dl", { class: "figures" }, facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
     el("section", {}, el("h3", {}, "Problem"), el("pre", {}, group.prompt ?? "The run's tokenizer and problems are missing.")),
