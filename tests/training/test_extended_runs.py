@@ -8,6 +8,7 @@ import pytest
 from helpers.runs import finish, kill_when, start_ranks, write_problems
 
 from exprl_megatron.config.load import check_config, load_config
+from exprl_megatron.errors import UserError
 from exprl_megatron.launch.preflight import check_inputs
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
@@ -93,10 +94,23 @@ def test_a_run_learns_from_rewards_of_the_users_own(trained_server, tiny_model, 
     assert "words" in evidence and len(evidence) > 1
 
 
+LOSS_OF_RANK_3 = """
+import os
+from pathlib import Path
+
+def loss(batch):
+    if os.environ["RANK"] == "3" and not Path(__file__).with_name("repaired").exists():
+        raise KeyError("lost")
+    return -batch.advantages * (batch.log_probs - batch.log_probs.detach()).exp()
+"""
+
+
 @pytest.mark.slow
-def test_a_killed_run_has_counted_every_step_and_later_stages_learn_from_what_was_kept(
+def test_a_run_of_four_ranks_that_was_killed_or_whose_loss_fails_on_one_of_them_has_counted_every_step(
     trained_server, tiny_model, tmp_path
 ):
+    """Later stages learn from what was kept."""
+    (tmp_path / "loss_of_rank_3.py").write_text(LOSS_OF_RANK_3)
     shared = {
         "problems": str(write_problems(tmp_path / "problems.jsonl")),
         "steps": 2,
@@ -107,12 +121,19 @@ def test_a_killed_run_has_counted_every_step_and_later_stages_learn_from_what_wa
     config = check_config(
         {
             "directory": str(tmp_path / "run"),
-            "policy": {"model": str(tiny_model("qwen3")), "max_tokens": 160},
+            "plugin_path": [str(tmp_path)],
+            "policy": {"model": str(tiny_model("qwen3")), "max_tokens": 160, "layout": {"tp": 2, "dp": 2}},
             "checkpoint": {"every_steps": 1},
             "sync": {"max_log_prob_gap": 1e-4},
             "stages": [
                 {"kind": "examples.stages:KeepSolvable"} | shared,
-                {"kind": "examples.stages:SecondAttempt", "problems_from": "keep-solvable"} | shared | {"steps": 1},
+                {
+                    "kind": "examples.stages:SecondAttempt",
+                    "problems_from": "keep-solvable",
+                    "loss": {"surrogate": "loss_of_rank_3:loss", "dual_clip": None},
+                }
+                | shared
+                | {"steps": 1},
             ],
         },
         "test",
@@ -121,12 +142,22 @@ def test_a_killed_run_has_counted_every_step_and_later_stages_learn_from_what_wa
     ranks = start_ranks(config, {"policy": trained_server})
     kill_when(ranks, lambda: Journal(paths.journal).has("keep-solvable", 2))
     assert not paths.kept_problems.exists()
+    ranks = start_ranks(config, {"policy": trained_server}, resume=True)
+    with pytest.raises(UserError) as failed:
+        finish(ranks)
+    ranks.stop()
+    place = f"{tmp_path / 'loss_of_rank_3.py'}, line 7, in loss"
+    assert str(failed.value) == f"loss.surrogate: loss_of_rank_3:loss failed at {place}: KeyError: 'lost'."
+    before = Journal(paths.journal).read("second-attempt", 1)
+    (tmp_path / "repaired").touch()
     finish(start_ranks(config, {"policy": trained_server}, resume=True))
     sampled = [Journal(paths.journal).read("keep-solvable", step).groups for step in (1, 2)]
     kept = json.loads((paths.kept_problems / "keep-solvable.json").read_bytes())["problems"]
     # Every pass rate is within the bounds: what both steps sampled is kept.
     assert set(kept) == {group.problem_id for groups in sampled for group in groups} and len(kept) == 6
     last = Journal(paths.journal).read("second-attempt", 1)
+    texts = [[[sample.trace.text for sample in group.samples] for group in step.groups] for step in (before, last)]
+    assert texts[0] == texts[1]
     assert last.prompts_consumed == 3 and {group.problem_id for group in last.groups} <= set(kept)
     assert Counter(len(group.samples) for group in last.groups) == {2: 3}
     metrics = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
