@@ -104,9 +104,16 @@ def _custom_estimator(plugin: Plugin) -> AdvantageFn:
             raise plugin.failure(
                 f"returned {described(found)} instead of a tensor of the shape {tuple(scores.shape)} of scores"
             )
+        if found.is_complex() or found.device != scores.device:
+            raise plugin.failure(
+                f"returned advantages of {found.dtype} on {found.device} instead of numbers on {scores.device}"
+            )
         cleared = _cleared(found.detach().double(), valid)
         if not cleared.isfinite().all():
-            raise plugin.failure(f"returned an advantage that is not finite for the scores {scores.tolist()}")
+            group = int((~cleared.isfinite()).nonzero()[0][0])
+            raise plugin.failure(
+                f"returned an advantage that is not finite for the scores {scores[group].tolist()} of group {group}"
+            )
         return cleared
 
     return advantages

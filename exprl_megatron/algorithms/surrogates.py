@@ -66,7 +66,7 @@ def custom_surrogate(path: str, batch: SurrogateBatch) -> torch.Tensor:
     """Compute the loss of each token [B, T] by the user's function; 0 outside of the responses.
 
     Raises:
-        PluginError: the function failed, or did not return a tensor [B, T] with a gradient.
+        PluginError: the function failed, or did not return a tensor [B, T] of finite numbers with a gradient.
     """
     plugin = Plugin.load("loss.surrogate", path)
     plugin.check_arguments(("batch",))
@@ -77,7 +77,16 @@ def custom_surrogate(path: str, batch: SurrogateBatch) -> torch.Tensor:
         raise plugin.failure(f"returned {described(loss)} instead of a tensor of the shape {shape} of log_probs")
     if batch.log_probs.requires_grad and not loss.requires_grad:
         raise plugin.failure("returned a loss without a gradient; compute it from batch.log_probs")
-    return torch.where(inside, loss, torch.zeros_like(loss))
+    if not loss.is_floating_point() or loss.device != inside.device:
+        raise plugin.failure(f"returned a loss of {loss.dtype} on {loss.device} instead of numbers on {inside.device}")
+    cleared = torch.where(inside, loss, torch.zeros_like(loss)).float()
+    # Where the model itself gives what is not finite, the gradient's check says so.
+    wrong = ~cleared.isfinite() & batch.log_probs.isfinite() & batch.old_log_probs.isfinite()
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        inputs = f"log-probs {batch.log_probs[place].item():.4g} and {batch.old_log_probs[place].item():.4g} (old)"
+        raise plugin.failure(f"returned the loss {cleared[place].item()} for a token with {inputs}")
+    return cleared
 
 
 def _batch(config: LossConfig, log_probs: torch.Tensor, old: torch.Tensor, micro: MicroBatch) -> SurrogateBatch:

@@ -98,7 +98,7 @@ class _Form(BaseModel):
 
 class _CheckpointForm(_Form):
     text: str = Field(min_length=1)
-    weight: float = Field(gt=0)
+    weight: float = Field(gt=0, le=1e6)
     quote: str = Field(min_length=1)
 
 

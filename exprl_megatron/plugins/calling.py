@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,6 +80,16 @@ class Plugin:
     def failure(self, what: str) -> PluginError:
         """Return an error that states `what` of the function, and where it is defined."""
         return PluginError(f"{self.key}: {self.path} ({place_of_function(self.function)}) {what}.")
+
+
+def as_number(value: Any) -> float:
+    """Return what a plugin returned as a number; nan where it is none, such as text, which float() would read."""
+    if isinstance(value, str | bytes | bytearray):
+        return math.nan
+    try:
+        return float(value)
+    except Exception:
+        return math.nan
 
 
 def described(value: Any) -> str:

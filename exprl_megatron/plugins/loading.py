@@ -18,6 +18,7 @@ from typing import Any
 
 from exprl_megatron.config.plugin_path import entry_points_named, installed_plugins
 from exprl_megatron.plugins.failures import PluginError, is_failure, place_of_error
+from exprl_megatron.plugins.long_calls import says_what_takes_long
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def load_object(path: str) -> Any:
     _refuse_taken_name(path, module_name)
     try:
         # Standard output is for what a command prints, which may be JSON.
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), says_what_takes_long(lambda: f"importing {module_name} for {path} ..."):
             found: Any = importlib.import_module(module_name)
     except BaseException as error:
         if not is_failure(error):
@@ -78,7 +79,8 @@ def load_plugin(path: str) -> Callable[..., Any]:
     found = load_object(path)
     if inspect.isclass(found):
         try:
-            found = found()
+            with says_what_takes_long(lambda: f"making an instance of {path} ..."):
+                found = found()
         except BaseException as error:
             if not is_failure(error):
                 raise

@@ -15,6 +15,8 @@ from exprl_megatron.problems.problem import CodeTest, Problem, Reference
 
 DOMAINS: tuple[str, ...] = get_args(BuiltInDomain)
 MAX_SHOWN_FAULTS = 10
+MAX_TEXT_CHARS = 4_000_000
+"""Longer than the context of any model; such a text would be tokenized for minutes before it is refused."""
 OPTIONAL_TEXTS = ("reference", "answer", "source")
 COMMON_NAMES = {
     "id": ("uid", "uuid", "qid", "_id", "idx", "index", "question_id", "problem_id", "unique_id"),
@@ -150,6 +152,11 @@ class _Reader:
         elif not value.strip():
             self.faults.append(
                 f"the field {name!r} is empty; fill it or leave the {'problem' if needed else 'field'} out."
+            )
+        elif len(value) > MAX_TEXT_CHARS:
+            self.faults.append(
+                f"the field {name!r} has {len(value)} characters, more than {MAX_TEXT_CHARS}; shorten it, or leave the "
+                "problem out."
             )
         elif (fault := encoding_fault(value)) is not None:
             self.faults.append(f"the field {name!r} {fault}")

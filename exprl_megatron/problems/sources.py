@@ -15,6 +15,7 @@ from exprl_megatron.config.plugin_path import is_plugin
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.plugins.calling import Plugin, described
+from exprl_megatron.plugins.long_calls import says_what_takes_long
 from exprl_megatron.problems.contents import check_expected
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.records import group_faults, parse_problem, parse_record, parse_records, raise_faults
@@ -24,6 +25,8 @@ PARQUET = (".parquet",)
 _BATCH_ROWS = 1024
 MAX_RECORDS = 2_000_000
 """Maximum number of records that are read from a function of the user without a limit in the config."""
+MAX_FAULTS = 10_000
+"""A source with so many is not read to its end."""
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 _END = object()
@@ -96,16 +99,19 @@ def load_records(config: ProblemsConfig) -> list[tuple[Problem, dict]]:
         PluginError: see `load_problems`.
     """
     found, faults, seen, count = [], [], {}, 0
-    for place, record in itertools.islice(_rows(config), config.limit):
-        count += 1
-        problem = [record] if isinstance(record, str) else parse_problem(record, config.fields, config.domains)
-        if isinstance(problem, list):
-            faults += [(place, sentence) for sentence in problem]
-            continue
-        if problem.id in seen:
-            faults.append((place, f"the id {problem.id!r} also occurs at {seen[problem.id]}; make the ids differ."))
-        seen.setdefault(problem.id, place)
-        found.append((problem, record))
+    with says_what_takes_long(lambda: f"reading problems from {config.source}: {count} records so far ..."):
+        for place, record in itertools.islice(_rows(config), config.limit):
+            count += 1
+            problem = [record] if isinstance(record, str) else parse_problem(record, config.fields, config.domains)
+            if isinstance(problem, list):
+                faults += [(place, sentence) for sentence in problem]
+            elif problem.id in seen:
+                faults.append((place, f"the id {problem.id!r} also occurs at {seen[problem.id]}; make the ids differ."))
+            else:
+                seen[problem.id] = place
+                found.append((problem, record))
+            if len(faults) >= MAX_FAULTS:
+                break  # of a source that never ends
     raise_faults(group_faults(faults, config.source, count))
     if not found:
         raise UserError(f"The problem source {config.source} is empty; give one with at least one problem.")

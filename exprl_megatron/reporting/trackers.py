@@ -161,7 +161,7 @@ class _TrackerThread:
             while (call := self._calls.get()) is not None and not self._failed.is_set():
                 call(tracker)
             tracker.close()
-        except Exception as error:
+        except BaseException as error:  # a client's SystemExit, or the panic of one that is written in Rust
             words = " ".join(str(error).split())
             self._fail(f"failed ({type(error).__name__}{': ' * bool(words)}{words[:300]})")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from exprl_megatron.config.verifying import VerifierConfig
 from exprl_megatron.judging.judgement import REASON, Abstained, Judgement, Scored, value_and_evidence
-from exprl_megatron.plugins.calling import Plugin, described
+from exprl_megatron.plugins.calling import Plugin, as_number, described
 from exprl_megatron.plugins.failures import PluginError, place_of_error
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.rollout.trace import Trace
@@ -66,10 +66,7 @@ class CustomFunction:
         found = await self._result(problem, trace)
         if isinstance(found, Scored | Abstained):
             return value_and_evidence(self._plain(found))
-        try:
-            value = float(found)
-        except Exception:
-            value = math.nan
+        value = as_number(found)
         if not math.isfinite(value):
             shown = f"{found!r}" if isinstance(found, float) else described(found)
             raise self.plugin.failure(f"returned {shown} instead of a finite number, Scored or Abstained")

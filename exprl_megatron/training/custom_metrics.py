@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from exprl_megatron.plugins.calling import Plugin, described
+from exprl_megatron.plugins.calling import Plugin, as_number, described
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.rollout.group import Group, StepInfo
 
@@ -95,10 +95,7 @@ def checked_metrics(plugin: Plugin, found: object) -> dict[str, float]:
     for name, value in found.items():
         if not isinstance(name, str) or _NAME.fullmatch(name) is None:
             raise plugin.failure(f"returned the name {name!r}; use at most 60 lower-case letters, digits, and _ . @ -")
-        try:
-            checked[CUSTOM + name] = float(value)
-        except Exception:
-            checked[CUSTOM + name] = math.nan
+        checked[CUSTOM + name] = as_number(value)
         if math.isnan(checked[CUSTOM + name]):
             raise plugin.failure(f"returned {name!r} as {described(value)} that is not a number")
     return checked

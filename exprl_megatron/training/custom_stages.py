@@ -193,7 +193,7 @@ class StageHooks:
         if learned.advantages is None:
             return np.ones(tokens, np.float32)
         try:
-            row = np.broadcast_to(np.asarray(learned.advantages, np.float32), tokens)
+            row = np.broadcast_to(_numbers(learned.advantages), tokens)
         except (TypeError, ValueError):
             row = np.full(1, np.nan, np.float32)
         if not np.isfinite(row).all():
@@ -205,6 +205,18 @@ class StageHooks:
     def _failed(self, error: BaseException) -> PluginError:
         place = place_of_error(error, self._plugin.function)
         return PluginError(f"{self._plugin.key}: {self._plugin.path} failed at {place}.")
+
+
+def _numbers(values: object) -> np.ndarray:
+    """Return float32 [...] of one number or of several; NumPy would read text as a number.
+
+    Raises:
+        TypeError: there is something else among them.
+    """
+    found = np.asarray(values)
+    if found.dtype.kind not in "biuf":
+        raise TypeError(f"not numbers but {found.dtype}")
+    return found.astype(np.float32)
 
 
 class UpdateContext:

@@ -44,6 +44,8 @@ def test_a_rubric_is_read_out_of_the_builders_words():
         (_json([GOOD[0], {"text": "The sum is 46", "weight": 1}]), "quote"),
         (_with(weight=0), "weight"),
         (_with(weight=-1), "weight"),
+        (_with(weight=1e308), "weight"),
+        (_with(weight=float("nan")), "weight"),
         (_with(weight=float("inf")), "weight"),
         (_with(text=""), "text"),
         (_with(text=" \n"), "is empty"),

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from exprl_megatron.algorithms.surrogates import SurrogateBatch, surrogate
+from exprl_megatron.algorithms.advantages import advantage_fn
+from exprl_megatron.algorithms.surrogates import SurrogateBatch, custom_surrogate, surrogate
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.plugins.calling import Plugin
 from exprl_megatron.plugins.failures import PluginError
@@ -20,7 +21,7 @@ from exprl_megatron.problems.problem import Problem
 from exprl_megatron.rollout.custom_functions import CustomFunction
 from exprl_megatron.rollout.group import StepInfo
 from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.training.custom_metrics import log_failures
+from exprl_megatron.training.custom_metrics import checked_metrics, log_failures
 
 PROBLEM = Problem("p", "What is 2 + 2?", answer="4")
 REFERENCE = "forty two apples and seven pears"
@@ -54,8 +55,8 @@ class _NoNumber:
 
 @pytest.mark.parametrize(
     "returned",
-    [None, float("nan"), float("inf"), 10**400, 1j, _NoNumber(), "1.x", [1.0]],
-    ids=["none", "nan", "inf", "large", "complex", "raises", "text", "list"],
+    [None, float("nan"), float("inf"), 10**400, 1j, _NoNumber(), "1.5", b"1", [1.0]],
+    ids=["none", "nan", "inf", "large", "complex", "raises", "text", "bytes", "list"],
 )
 def test_a_term_that_is_no_finite_number_is_a_sentence_with_its_file(returned):
     with pytest.raises(PluginError, match=r"mine:function \(.*test_hostile_plugins.py, line \d+\) returned "):
@@ -192,6 +193,82 @@ def test_a_loss_that_changes_what_it_reads_changes_only_copies():
     assert loss.tolist() == [[1.0, 0.0]]
     assert (micro.advantages.tolist(), micro.mask.tolist()) == ([[1.0, 1.0]], [[1.0, 0.0]])
     assert old.tolist() == [[-1.5, -1.5]]
+
+
+def loss_of(function, log_prob=-1.0):
+    """What a loss of the user gives for one trace of two tokens, of which the last one is outside of the response."""
+    log_probs = torch.tensor([[log_prob, -2.0]], requires_grad=True)
+    mask = torch.tensor([[1.0, 0.0]])
+    batch = SurrogateBatch(log_probs, log_probs.detach() - 0.5, mask.clone(), mask, 0.2, 0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("exprl_megatron.algorithms.surrogates.Plugin.load", lambda key, path: Plugin(key, path, function))
+        return custom_surrogate("mine:function", batch)
+
+
+def test_a_loss_in_another_precision_is_taken_and_counts_inside_of_the_response_alone():
+    assert loss_of(lambda batch: batch.log_probs.double() / batch.mask).tolist() == [[-1.0, 0.0]]
+    assert loss_of(lambda batch: batch.log_probs.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda batch: batch.log_probs.mean(), r"a Tensor of the shape \(\) instead of a tensor of the shape \(1, 2\)"),
+        (lambda batch: [batch.log_probs], "a list instead of"),
+        (lambda batch: batch.log_probs * float("nan"), r"the loss nan for a token with log-probs -1 and -1.5 \(old\)"),
+        (lambda batch: batch.log_probs / 0, "the loss -inf for a token"),
+        (lambda batch: batch.log_probs.detach(), "a loss without a gradient"),
+        (lambda batch: batch.log_probs.int(), "a loss without a gradient"),
+        (lambda batch: batch.log_probs * 1j, "a loss of torch.complex64 on cpu instead of numbers on cpu"),
+        (lambda batch: batch.log_probs.to("meta"), "a loss of torch.float32 on meta instead of numbers on cpu"),
+    ],
+)
+def test_a_loss_that_is_no_finite_number_for_each_token_is_a_sentence_with_its_file(function, said):
+    with pytest.raises(PluginError, match=rf"mine:function \(.*test_hostile_plugins.py, line \d+\) returned {said}"):
+        loss_of(function)
+
+
+def test_a_model_that_is_not_finite_is_no_fault_of_the_users_loss():
+    assert loss_of(lambda batch: -batch.log_probs, float("nan"))[0, 0].isnan()
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda scores, valid: scores.tolist(), "a list instead of a tensor of the shape"),
+        (lambda scores, valid: scores.T, r"a Tensor of the shape \(2, 3\) instead of"),
+        (lambda scores, valid: scores * 1j, "advantages of torch.complex128 on cpu instead of numbers on cpu"),
+        (lambda scores, valid: scores.to("meta"), "advantages of torch.float64 on meta"),
+        (
+            lambda scores, valid: scores / scores,
+            r"an advantage that is not finite for the scores \[0.5, 0.0\] of group 1",
+        ),
+    ],
+)
+def test_an_estimator_that_gives_no_finite_number_for_each_trace_is_a_sentence_with_its_file(
+    monkeypatch, function, said
+):
+    monkeypatch.setattr(
+        "exprl_megatron.algorithms.advantages.Plugin.load", lambda key, path: Plugin(key, path, function)
+    )
+    scores = torch.tensor([[1.0, 0.5], [0.5, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    with pytest.raises(PluginError, match=rf"mine:function \(.*test_hostile_plugins.py, line \d+\) returned {said}"):
+        advantage_fn("mine:function")(scores, torch.ones_like(scores, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("value", [float("nan"), "1.5", b"1", None, 1j, 10**400, [1]])
+def test_a_step_metric_that_is_no_number_is_a_sentence_with_its_file(value):
+    plugin = Plugin("step_metrics.0", "mine:function", lambda step, groups: None)
+    with pytest.raises(PluginError, match=r"test_hostile_plugins.py, line \d+\) returned 'share' as a .* not a number"):
+        checked_metrics(plugin, {"share": value})
+
+
+@pytest.mark.parametrize("name", ["reward/mean", "Loss", "", "a b", "x" * 61, 3, b"a", "../x"])
+def test_a_step_metric_has_no_name_that_a_metric_of_the_run_has(name):
+    plugin = Plugin("step_metrics.0", "mine:function", lambda step, groups: None)
+    with pytest.raises(PluginError, match=r"returned the name .*; use at most 60 lower-case letters"):
+        checked_metrics(plugin, {name: 1.0})
+    assert checked_metrics(plugin, {"loss": 1}) == {"custom/loss": 1.0}
 
 
 def test_an_entry_point_that_two_packages_have_is_refused_with_both(monkeypatch):

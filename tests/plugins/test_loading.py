@@ -2,13 +2,18 @@
 
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from exprl_megatron.config import plugin_path
+from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.plugins.loading import load_plugin, plugin_source, use_plugin_path
+from exprl_megatron.plugins.long_calls import says_what_takes_long
+from exprl_megatron.problems.sources import load_problems
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +108,44 @@ def test_the_hash_of_a_plugin_is_that_of_its_file(tmp_path):
     file = write(Path("mine_hashed.py"), "def f(): pass\n")
     expected = subprocess.run(["sha256sum", str(file)], capture_output=True, text=True, check=True).stdout.split()[0]
     assert plugin_source("mine_hashed:f").sha256 == expected
+
+
+def test_an_import_or_a_source_that_takes_long_says_what_it_is_doing(tmp_path, monkeypatch):
+    said = []
+
+    @contextmanager
+    def listens(what):
+        said.append(what())
+        yield
+
+    monkeypatch.setattr("exprl_megatron.plugins.loading.says_what_takes_long", listens)
+    monkeypatch.setattr("exprl_megatron.problems.sources.says_what_takes_long", listens)
+    (tmp_path / "takes_long.py").write_text(
+        "class Verifier:\n    def __call__(self, problem, trace): pass\n"
+        "def load(split): return [{'id': '1', 'problem': 'What?', 'answer': '1'}]\n"
+    )
+    use_plugin_path([str(tmp_path)])
+    load_plugin("takes_long:Verifier")
+    load_problems(ProblemsConfig(source="takes_long:load"))
+    assert said[:2] == [
+        "importing takes_long for takes_long:Verifier ...",
+        "making an instance of takes_long:Verifier ...",
+    ]
+    assert "reading problems from takes_long:load: 0 records so far ..." in said
+
+
+def test_what_takes_long_is_said_until_it_has_ended(monkeypatch, capfd):
+    monkeypatch.setattr("exprl_megatron.plugins.long_calls.FIRST_S", 0.0)
+    monkeypatch.setattr("exprl_megatron.plugins.long_calls._LATER_S", (0.0, 0.0))
+    counted = iter(range(1, 10))
+    third = threading.Event()
+
+    def what():
+        number = next(counted)
+        if number == 3:
+            third.set()
+        return f"importing, {number}"
+
+    with says_what_takes_long(what):
+        assert third.wait(60)
+    assert capfd.readouterr().err.startswith("importing, 1\nimporting, 2\n")

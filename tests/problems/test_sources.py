@@ -222,3 +222,23 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     (fault,) = _faults("nobody-here/no-such-set")
     assert "nobody-here/no-such-set is not a local file and cannot be read from the Hugging Face hub" in fault
+
+
+def test_a_text_that_no_model_can_read_is_refused_before_it_is_tokenized(tmp_path):
+    record = {"id": "p", "problem": "word " * 1_000_000, "answer": "1"}
+    path = tmp_path / "problems.jsonl"
+    path.write_text(json.dumps(record))
+    with pytest.raises(
+        UserError, match="line 1: the field 'problem' has 5000000 characters, more than 4000000; shorten"
+    ):
+        load_problems(ProblemsConfig(source=str(path)))
+
+
+def test_a_source_that_never_ends_and_repeats_itself_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "repeats_itself.py").write_text(
+        "def load(split):\n    while True: yield {'id': 'p', 'problem': 'What?', 'answer': '1'}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = "in 10000 of 10001 records, the first at record 2, the id 'p' also occurs at repeats_itself:load record 1"
+    with pytest.raises(UserError, match=said):
+        load_problems(ProblemsConfig(source="repeats_itself:load"))

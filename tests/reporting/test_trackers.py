@@ -374,6 +374,23 @@ def test_a_tracker_is_not_called_again_after_it_has_failed(tmp_path, where, call
     assert told == ["tracker wandb failed (ConnectionError: gone); it is left out, and metrics.jsonl has every step."]
 
 
+@pytest.mark.parametrize("where", ["open", "last_step", "log"])
+def test_a_tracker_whose_client_ends_its_process_is_reported_too(tmp_path, where):
+    def ends(*_):
+        raise SystemExit("no account")
+
+    def open_one(name, run):
+        tracker = ends() if where == "open" else _Faulty("")
+        setattr(tracker, where, ends)
+        return tracker
+
+    told: list[str] = []
+    trackers = Trackers(["wandb"], TrackedRun(tmp_path, "p", "n"), told.append, open_one)
+    trackers.log(1, {"a": 1.0})
+    trackers.close()
+    assert told == ["tracker wandb failed (SystemExit: no account); it is left out, and metrics.jsonl has every step."]
+
+
 def test_a_tracker_that_hangs_delays_no_step_and_is_left_behind_at_the_end(tmp_path):
     told, go_on = [], threading.Event()
 
