@@ -83,10 +83,11 @@ def _experts(tree: dict, name: str) -> str | None:
     """Return what is unsupported in where a model has experts, and in how many each token goes to."""
     if tree.get("decoder_sparse_step", 1) != 1 or tree.get("mlp_only_layers"):
         return "dense layers between its layers of experts"
-    numbers = {tree[setting] for setting in ("num_experts", "num_local_experts") if setting in tree}
-    if len(numbers) > 1:
-        return f"num_experts {tree['num_experts']} and num_local_experts {tree['num_local_experts']}"
-    chosen, count = tree.get("num_experts_per_tok", 1), tree.get("n_routed_experts", max(numbers, default=1))
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    numbers = {setting: tree[setting] for setting in names if setting in tree}
+    if len(set(numbers.values())) > 1:
+        return " and ".join(f"{setting} {number}" for setting, number in numbers.items())
+    chosen, count = tree.get("num_experts_per_tok", 1), max(numbers.values(), default=1)
     if chosen > count:
         return f"num_experts_per_tok {chosen}, more than its {count} experts"
     # transformers normalizes in Mixtral and Qwen3.5 always, and in GLM-4.5 unless the config says otherwise.

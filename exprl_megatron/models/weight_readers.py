@@ -84,6 +84,7 @@ class Safetensors:
         if architecture.tied and HEAD in self._files:
             # Some writers store the tied output layer a second time.
             shapes[HEAD] = shapes[embedding(architecture)]
+        self._check_left_out(architecture)
         given = {
             name
             for name in self._files
@@ -105,6 +106,17 @@ class Safetensors:
                 )
         self._check_shapes({name: shape for name, shape in shapes.items() if name not in self._pieces})
         check_no_other_weights(self._directory, self._files.keys())
+
+    def _check_left_out(self, architecture: Architecture) -> None:
+        """Refuse a layer behind the last one that is a layer like the others, not one of multi-token prediction."""
+        for prefix in architecture.left_out:
+            layer = prefix.startswith("model.layers.") and any(name.startswith(prefix) for name in self._files)
+            if layer and f"{prefix}eh_proj.weight" not in self._files:
+                raise UserError(
+                    f"{self._directory} has tensors of {prefix.removesuffix('.')}, which is behind the "
+                    f"{architecture.layers} layers of its config.json and is not one of multi-token prediction (it has "
+                    f"no eh_proj.weight); use weights that fit its config.json."
+                )
 
     def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         for name, shape in shapes.items():

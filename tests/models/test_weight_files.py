@@ -92,3 +92,11 @@ def test_half_precision_is_read_as_it_is(model, dtype):
     save(weights, model / SINGLE)
     with Safetensors(model, read_architecture(model)) as source:
         assert torch.equal(source.read("model.norm.weight"), weights["model.norm.weight"])
+
+
+def test_a_layer_too_many_is_not_taken_for_one_of_multi_token_prediction(tiny_model, tmp_path):
+    """A config.json with one layer less would leave out the last layer of the model."""
+    model = Path(shutil.copytree(tiny_model("glm4-moe", layers=3), tmp_path / "model"))
+    tree = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(tree | {"num_hidden_layers": 2}))
+    assert refusal(model).startswith(" has tensors of model.layers.2, which is behind the 2 layers of its config.json")
