@@ -14,8 +14,9 @@ from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError, storage_sentence
 from exprl_megatron.launch.devices import assign_gpus
 from exprl_megatron.launch.dry_run import print_differences_from_released
+from exprl_megatron.launch.exit_reports import RankFailed
 from exprl_megatron.launch.input_checks import hash_checked_inputs
-from exprl_megatron.launch.nodes import HeadNode, Node, RankFailed
+from exprl_megatron.launch.nodes import HeadNode, Node
 from exprl_megatron.launch.preemption import request_stop_on_sigusr1, stop_on_sigusr1
 from exprl_megatron.launch.ranks import TrainerRanks
 from exprl_megatron.launch.run_record import RunRecord

@@ -10,8 +10,6 @@ imports torch (the launcher here imports no compute library), it manages only wo
 it restarts workers in place where a run ends with a status and resumes from its checkpoint.
 """
 
-import json
-import os
 import sys
 import time
 from contextlib import suppress
@@ -19,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-import msgspec
-
-from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status
+from exprl_megatron.errors import RunStopped, ServerError, UserError
+from exprl_megatron.launch.exit_reports import RankFailed, RankKilled, exit_error, exit_report, parse_exit_report
 from exprl_megatron.serving.keys import read_key
 from exprl_megatron.utils.ports import LOCAL, interface
 
@@ -37,16 +34,6 @@ _KILLED_S = 6.0
 """Maximum time in seconds until another node's report of a killed rank arrives; see TrainerRanks.running."""
 _PURPOSE = "launchers"
 _BEGIN, _FAILED, _KILLED, _ENDED, _GONE = "begin", "failed", "killed", "ended", "gone"
-_ENDS = {2: UserError, os.EX_TEMPFAIL: Preempted}
-"""The error for each exit status that a rank or a node reports; RunStopped for any other."""
-
-
-class RankKilled(RunStopped):
-    """A rank was killed by a signal, which is the cause of all failures that follow."""
-
-
-class RankFailed(RunStopped):
-    """An unexpected error of a rank; possibly the loss of a connection to another rank."""
 
 
 @dataclass(frozen=True)
@@ -232,8 +219,7 @@ class WorkerNode:
 
     def report(self, error: Exception) -> None:
         """Report to node 0 the error that ended this node's ranks; node 0 reads the first report."""
-        unexpected = isinstance(error, RankFailed)
-        report = json.dumps({"status": exit_status(error), "message": str(error), "unexpected": unexpected})
+        report = exit_report(error)
         if isinstance(error, RankKilled):
             self._messages.write(_KILLED, report)
         self._messages.write(_FAILED, report)
@@ -263,29 +249,6 @@ class WorkerNode:
             key = read_key(self._key_file)
             if key != self._key:
                 self._key, self._messages = key, _messages(self._store, key)
-
-
-class ExitReport(msgspec.Struct, frozen=True):
-    """The report of how a rank or a node ended."""
-
-    status: int
-    message: str
-    unexpected: bool
-
-
-def parse_exit_report(text: bytes, what: str) -> ExitReport:
-    """Parse a report (JSON); where it is damaged, return a report that says so about `what`."""
-    try:
-        return msgspec.json.decode(text, type=ExitReport)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        message = f"{what} of its end is garbled ({error}); see the logs of that node, and continue with --resume."
-        return ExitReport(1, message, unexpected=True)
-
-
-def exit_error(reported: ExitReport) -> Exception:
-    """Return the exception of a report."""
-    kind = RankFailed if reported.unexpected else _ENDS.get(reported.status, RunStopped)
-    return kind(reported.message)
 
 
 def _messages(store: "TCPStore", key: str) -> _Messages:

@@ -16,7 +16,8 @@ import psutil
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import RunStopped
-from exprl_megatron.launch.nodes import ExitReport, Node, RankKilled, exit_error, parse_exit_report
+from exprl_megatron.launch.exit_reports import ExitReport, RankKilled, exit_error, parse_exit_report
+from exprl_megatron.launch.nodes import Node
 from exprl_megatron.processes.child import Child
 from exprl_megatron.processes.heartbeat import SILENCE_S, RankHeartbeat, states
 from exprl_megatron.processes.log_tail import log_tail

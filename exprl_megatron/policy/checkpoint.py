@@ -6,7 +6,6 @@ caller's own record). It is written under another name, `state.json` last, and r
 """
 
 import json
-import queue
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,20 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import merge
-from megatron.core.dist_checkpointing.mapping import ShardedBase
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
-from megatron.core.dist_checkpointing.strategies.torch import (
-    TorchDistLoadShardedStrategy,
-    TorchDistSaveShardedStrategy,
-)
-from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding, nested_values
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -36,10 +23,10 @@ from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.models.recorded import differing_fields
 from exprl_megatron.policy import checkpoint_files as files
 from exprl_megatron.policy.gloo_group import broadcast_from_rank, gather_from_all_ranks
-from exprl_megatron.policy.named_weights import named_weights
 from exprl_megatron.policy.optimizer import separate_step_counters
 from exprl_megatron.policy.optimizer_state import parts, repartitioned
 from exprl_megatron.policy.policy import Policy
+from exprl_megatron.policy.sharded_state import load_strategy, save_strategy, sharded_state
 from exprl_megatron.utils.files import sync_directory
 
 
@@ -53,7 +40,7 @@ def save_checkpoint(root: str | Path, policy: Policy, extra: dict, keep: int) ->
     policy.gather_weights()
     target, partial = _shared(lambda: _prepare(root, policy), policy, root)
     try:
-        dist_checkpointing.save(_state(policy, loading=False), str(partial), _save_strategy())
+        dist_checkpointing.save(sharded_state(policy, loading=False), str(partial), save_strategy())
         own = files.checksums(partial, policy.world.rank, dist.get_world_size())
     except (Exception, CheckpointException) as error:
         # Every rank comes here with its own view of the failure; torch's error is not a subclass of Exception.
@@ -114,7 +101,7 @@ def load_checkpoint(path: str | Path, policy: Policy) -> dict:
     if stage is None:
         raise RuntimeError("a checkpoint is loaded into a stage; call begin_stage first")
     _check_fit(path, record, policy)
-    state = _state(policy, loading=True, same_layout=record["layout"] == policy.config.layout.model_dump())
+    state = sharded_state(policy, loading=True, same_layout=record["layout"] == policy.config.layout.model_dump())
     try:
         loaded = _load(state, str(path))
     except (OSError, EOFError, CheckpointException) as error:
@@ -140,68 +127,13 @@ def _load(state: dict, path: str) -> dict:
     """Load what `state` describes from the checkpoint's files."""
     saved = dist_checkpointing.load_common_state_dict(path)["optimizer"]
     if len(parts(saved)) == len(parts(state["optimizer"])):
-        return dist_checkpointing.load(state, path, _load_strategy())
+        return dist_checkpointing.load(state, path, load_strategy())
     plain = repartitioned(state["optimizer"], saved)
     # Under a name at which the files have nothing that is divided otherwise.
     state["divided"] = state.pop("optimizer")
-    loaded = dist_checkpointing.load(state, path, _load_strategy())
+    loaded = dist_checkpointing.load(state, path, load_strategy())
     loaded["optimizer"] = merge(plain, loaded.pop("divided"))
     return loaded
-
-
-def _metadata() -> dict:
-    """Return the metadata of Megatron's sharded descriptions; a new dict each time, since they write groups into it."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-    }
-
-
-def _state(policy: Policy, loading: bool, same_layout: bool = True) -> dict:
-    """Return Megatron's sharded description of everything that goes into the torch_dist files."""
-    stage, world = policy.stage, policy.world
-    models = {f"model{i}": chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(policy.chunks)}
-    state = dict(models)
-    state["optimizer"] = stage.optimizer.sharded_state_dict(models, is_loading=loading, metadata=_metadata())
-    if stage.ref_weights is not None:
-        for index in range(len(policy.chunks)):
-            state[f"start{index}"] = _ref_weights(policy, index)
-    if same_layout:
-        states = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
-        state["random"] = ShardedObject("random", states, (dist.get_world_size(),), (world.rank,))
-    return state
-
-
-def _ref_weights(policy: Policy, index: int) -> dict:
-    """Return the description of a chunk's weights, with the reference policy's values under names of their own."""
-    chunk, ref_weights = policy.chunks[index], policy.stage.ref_weights[index]
-    values = {id(weight): ref_weights[name] for name, weight in named_weights(chunk)}
-    described = chunk.sharded_state_dict(metadata=_metadata())
-    for shard in nested_values(described):
-        if isinstance(shard, ShardedBase) and id(shard.data) in values:
-            shard.data = values[id(shard.data)].clone()
-    add_prefix_for_sharding(described, "start.")
-    return described
-
-
-def _save_strategy():
-    # Megatron passes results of its writers through a server process, which would outlive a killed trainer;
-    # within one process a plain queue does.
-    filesystem_async._results_queue = queue.Queue()
-    # With one thread a failed write is reported to every rank; with more, the failing rank raises alone.
-    strategy = TorchDistSaveShardedStrategy(thread_count=1)
-    return FullyParallelSaveStrategyWrapper(strategy, _replicas())
-
-
-def _load_strategy():
-    return FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replicas())
-
-
-def _replicas():
-    """Return the ranks that hold the same shards, which share reading and writing."""
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def _record(policy: Policy, extra: dict) -> dict:

@@ -13,7 +13,8 @@ from helpers.processes import family, left_behind, wait_until
 from helpers.runs import command_words, run_config, write_problems
 
 from exprl_megatron.errors import RunStopped, UserError
-from exprl_megatron.launch.nodes import HeadNode, Node, WorkerNode, exit_error, parse_exit_report
+from exprl_megatron.launch.exit_reports import exit_error, parse_exit_report
+from exprl_megatron.launch.nodes import HeadNode, Node, WorkerNode
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
 from exprl_megatron.serving.registry import RegisteredServer, Registry

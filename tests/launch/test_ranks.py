@@ -15,7 +15,8 @@ from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.launch import ranks as module
-from exprl_megatron.launch.nodes import Node, RankFailed, RankKilled
+from exprl_megatron.launch.exit_reports import RankFailed, RankKilled
+from exprl_megatron.launch.nodes import Node
 from exprl_megatron.launch.ranks import TrainerRanks
 from exprl_megatron.processes.starter import Starter
 from exprl_megatron.processes.supervise import supervised_command
