@@ -93,21 +93,23 @@ def expectation(directory: Path, batch: list[TrainSample], temperature: float) -
 
 
 def _route(model: torch.nn.Module, experts: np.ndarray) -> list:
-    """Let each layer's softmax router choose `experts` [tokens - 1, layers, top_k]; the last token's are any."""
+    """Let each layer's router choose `experts` [tokens - 1, layers, top_k]; the last token's are any."""
     rows = torch.tensor(experts).long()
     rows = torch.cat([rows, rows[-1:]])
 
     def routed(gate, chosen: torch.Tensor):
         def hook(module, inputs, output):
             logits = output[0]
-            scores = logits.float().softmax(-1).gather(1, chosen)
+            sigmoid = hasattr(gate, "e_score_correction_bias")
+            scores = (logits.float().sigmoid() if sigmoid else logits.float().softmax(-1)).gather(1, chosen)
             if getattr(gate, "norm_topk_prob", True):
                 scores = scores / scores.sum(-1, keepdim=True)
-            return logits, scores, chosen
+            return logits, scores * getattr(gate, "routed_scaling_factor", 1.0), chosen
 
         return gate.register_forward_hook(hook)
 
-    return [routed(layer.mlp.gate, rows[:, number]) for number, layer in enumerate(model.model.layers)]
+    gates = [getattr(layer.mlp, "gate", None) for layer in model.model.layers]
+    return [routed(gate, rows[:, number]) for number, gate in enumerate(gates) if gate is not None]
 
 
 def largest_difference(ours: list[list[float]], theirs: list[list[float]]) -> float:

@@ -1,5 +1,7 @@
 """Run by test_wide_layouts.py on eight processes: experts, uneven pipelines, overlap, context parallelism with all."""
 
+from pathlib import Path
+
 import torch
 from helpers.layout_learning import learn, policy
 from helpers.ranks import Ranks
@@ -90,8 +92,17 @@ CASES = {
     "qwen3.5 TP2xPP2 padded, recompute full": ("qwen3.5", Layout(tp=2, pp=2), {"packing": False, **FULL}, {}),
     "qwen3.5-moe EP2 padded": ("qwen3.5-moe", EXPERTS["EP2"], {"packing": False}, {}),
     "qwen3.5-moe PP2 padded": ("qwen3.5-moe", Layout(pp=2), {"packing": False}, {}),
+    "qwen3.5-moe TP2+SP padded": ("qwen3.5-moe", EXPERTS["TP2+SP"], {"packing": False}, {}),
+    "qwen3.5-moe PP2xVPP2xEP2 padded": ("qwen3.5-moe", EXPERTS["PP2xVPP2xEP2"], {"packing": False}, {}),
 }
 """The model, the layout, settings of the policy and of the optimizer."""
+AT_EQUAL_WEIGHTS = ("qwen3.5-moe TP2+SP padded", "qwen3.5-moe PP2xVPP2xEP2 padded")
+"""Cases whose second gradient is that of one rank's updated weights.
+
+The first update divides the gradient by its own size, so that last bits of the smallest gradients decide; and the second
+gradient of this model amplifies any difference of the weights. On one rank the order of summation alone (where the
+batch is cut in two) changes its norm by 2.2e-5, and noise of 2e-7 in the weights changes it by 4e-6 in float64.
+"""
 REPLAYED = {
     "qwen3-moe TP1": ("qwen3-moe", Layout(), {}),
     "qwen3-moe PP2 recompute full": ("qwen3-moe", Layout(pp=2), FULL),
@@ -100,7 +111,11 @@ REPLAYED = {
     "qwen3-moe TP2xEP2+SP padded": ("qwen3-moe", EXPERTS["TP2xEP2+SP"], {"packing": False}),
     "qwen3-moe CP2xEP2": ("qwen3-moe", EXPERTS["CP2xEP2"], {}),
     "qwen3-moe TP2xCP2xDP2xEP4xETP2+SP": ("qwen3-moe", EXPERTS["TP2xCP2xDP2xEP4xETP2+SP"], FULL),
+    "glm4-moe TP1": ("glm4-moe", Layout(), {}),
+    "glm4-moe PP2xVPP2xEP2 recompute full": ("glm4-moe", EXPERTS["PP2xVPP2xEP2"], FULL),
+    "glm4-moe TP2xEP2+SP padded": ("glm4-moe", EXPERTS["TP2xEP2+SP"], {"packing": False}),
     "qwen3.5-moe TP1": ("qwen3.5-moe", Layout(), {}),
+    "qwen3.5-moe TP2xEP2+SP": ("qwen3.5-moe", EXPERTS["TP2xEP2+SP"], FULL),
     "qwen3.5-moe PP2xVPP2xEP2 recompute full": ("qwen3.5-moe", EXPERTS["PP2xVPP2xEP2"], FULL),
     "mixtral TP1": ("mixtral", Layout(), {}),
     "mixtral PP3 both as layers": ("mixtral", UNEVEN["PP3 both as layers"], FULL),
@@ -122,6 +137,16 @@ def gradient_of_balance(model: str, layout: Layout) -> float:
 
     learner.accumulate(equal_sequences(learner.architecture.vocabulary), nothing, 1.0, denominator=7)
     return learner.apply_update().grad_norm
+
+
+def second_gradient(model: Path, layout: Layout, settings: dict) -> dict:
+    """Loss and gradient norm of the batch at the weights in `model`, under the names of a second step."""
+    learner = policy(str(model), layout, **settings)
+    whole = sequences(learner.architecture.vocabulary)
+    (batch,) = SampleScatter(learner).scatter([whole] if learner.world.rank == 0 else None)
+    learner.begin_stage(OptimizerConfig(), total_steps=1)
+    loss = learner.accumulate(batch, loss_function, 0.7, tokens(batch))["loss"]
+    return {"second": loss, "second_grad_norm": learner.apply_update().grad_norm}
 
 
 def learn_replaying(model: str, layout: Layout, settings: dict, layers: int) -> dict:
@@ -152,6 +177,10 @@ def main() -> None:
             ),
             name,
         )
+    for name in AT_EQUAL_WEIGHTS:
+        family, layout, settings, _ = CASES[name]
+        arguments = (ranks.out / "after" / f"{family} TP1", layout, settings)
+        ranks.within(layout, lambda _, a=arguments: second_gradient(*a), f"at equal weights {name}")
     for name, (family, layout, settings) in REPLAYED.items():
         arguments = (models[family], layout, settings, LAYERS[family])
         ranks.within(layout, lambda _, a=arguments: learn_replaying(*a), f"replay {name}")
