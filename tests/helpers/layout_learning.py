@@ -27,10 +27,13 @@ def scattered(learner: Policy) -> list[list]:
     return found
 
 
-def learn(model: str, layout: Layout, settings: dict, optimizer: dict, export=None, updated=None) -> dict:
+def learn(
+    model: str, layout: Layout, settings: dict, optimizer: dict, export=None, updated=None, continued=None
+) -> dict:
     """Log-probs, then two steps: the first's gradients come in two calls.
 
-    `export` and `updated` are where to write the weights before and after the first step.
+    `export` and `updated` are where to write the weights before and after the first step. `continued` is a model at
+    whose weights the second step is made, in place of the updated ones.
     """
     learner = policy(model, layout, **settings)
     batch, *halves = scattered(learner)
@@ -48,6 +51,9 @@ def learn(model: str, layout: Layout, settings: dict, optimizer: dict, export=No
     result["grad_norm"] = learner.apply_update().grad_norm
     if updated is not None:
         learner.save_huggingface(updated)
+    if continued is not None:
+        learner = policy(continued, layout, **settings)
+        learner.begin_stage(OptimizerConfig(lr=1e-2, eps=1e-5, **optimizer), total_steps=2)
     result["second"] = learner.accumulate(batch, loss_function, 0.7, tokens(batch))["loss"]
     result["second_grad_norm"] = learner.apply_update().grad_norm
     result["learned"] = listed(learner.log_probs(batch, 0.7))

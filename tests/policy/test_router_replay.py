@@ -77,7 +77,10 @@ def test_the_policys_own_choice_changes_nothing_and_other_experts_change_log_pro
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize(("family", "normalised"), [("mixtral", {}), ("qwen3-moe", {"norm_topk_prob": False})])
+@pytest.mark.parametrize(
+    ("family", "normalised"),
+    [("mixtral", {}), ("qwen3-moe", {"norm_topk_prob": False}), ("glm4-moe", {}), ("qwen3.5-moe", {})],
+)
 def test_with_any_experts_a_step_is_that_of_transformers_with_the_same(world, tiny_model, family, normalised, packing):
     path = tiny_model(family, layers=3, **normalised)
     policy = make(path, packing=packing)

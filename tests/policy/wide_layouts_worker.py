@@ -1,7 +1,5 @@
 """Run by test_wide_layouts.py on eight processes: experts, uneven pipelines, overlap, context parallelism with all."""
 
-from pathlib import Path
-
 import torch
 from helpers.layout_learning import learn, policy
 from helpers.ranks import Ranks
@@ -96,12 +94,12 @@ CASES = {
     "qwen3.5-moe PP2xVPP2xEP2 padded": ("qwen3.5-moe", EXPERTS["PP2xVPP2xEP2"], {"packing": False}, {}),
 }
 """The model, the layout, settings of the policy and of the optimizer."""
-AT_EQUAL_WEIGHTS = ("qwen3.5-moe TP2+SP padded", "qwen3.5-moe PP2xVPP2xEP2 padded")
-"""Cases whose second gradient is that of one rank's updated weights.
+SENSITIVE = ("qwen3.5", "qwen3.5-moe")
+"""Families whose second step is made at one rank's updated weights, in each layout the same.
 
-The first update divides the gradient by its own size, so that last bits of the smallest gradients decide; and the second
-gradient of this model amplifies any difference of the weights. On one rank the order of summation alone (where the
-batch is cut in two) changes its norm by 2.2e-5, and noise of 2e-7 in the weights changes it by 4e-6 in float64.
+The first update divides the gradient by its own size, so that last bits of the smallest gradients decide, and the
+second gradient amplifies the difference: on one rank the order of summation alone (where the batch is cut in two)
+changes its norm by 2.2e-5 for the mixture, and noise of 2e-7 in the weights changes it by 4e-6 in float64.
 """
 REPLAYED = {
     "qwen3-moe TP1": ("qwen3-moe", Layout(), {}),
@@ -139,17 +137,13 @@ def gradient_of_balance(model: str, layout: Layout) -> float:
     return learner.apply_update().grad_norm
 
 
-def second_gradient(model: Path, layout: Layout, settings: dict) -> dict:
-    """Loss and gradient norm of the batch at the weights in `model`, under the names of a second step."""
-    learner = policy(str(model), layout, **settings)
-    whole = sequences(learner.architecture.vocabulary)
-    (batch,) = SampleScatter(learner).scatter([whole] if learner.world.rank == 0 else None)
-    learner.begin_stage(OptimizerConfig(), total_steps=1)
-    loss = learner.accumulate(batch, loss_function, 0.7, tokens(batch))["loss"]
-    return {"second": loss, "second_grad_norm": learner.apply_update().grad_norm}
+def second_step_at(ranks: Ranks, case: str) -> str | None:
+    """The model at whose weights the second step of `case` is made; None: at its own updated ones."""
+    family, _, layout = case.partition(" ")
+    return str(ranks.out / "after" / f"{family} TP1") if family in SENSITIVE and layout != "TP1" else None
 
 
-def learn_replaying(model: str, layout: Layout, settings: dict, layers: int) -> dict:
+def learn_replaying(model: str, layout: Layout, settings: dict, layers: int, continued: str | None) -> dict:
     """Log-probs and two updates with given experts, of several micro-batches each."""
     learner = policy(model, layout, micro_batch_tokens=32, **settings)
     whole = sequences(learner.architecture.vocabulary)
@@ -158,6 +152,9 @@ def learn_replaying(model: str, layout: Layout, settings: dict, layers: int) -> 
     result: dict = {"log_probs": listed(learner.log_probs(batch, 0.7))}
     learner.begin_stage(OptimizerConfig(lr=1e-2, eps=1e-5), total_steps=2)
     for name in ("", "second_"):
+        if name and continued is not None:
+            learner = policy(continued, layout, micro_batch_tokens=32, **settings)
+            learner.begin_stage(OptimizerConfig(), total_steps=1)
         result[f"{name}loss"] = learner.accumulate(batch, loss_function, 0.7, tokens(batch))["loss"]
         result[f"{name}grad_norm"] = learner.apply_update().grad_norm
     return result
@@ -173,16 +170,12 @@ def main() -> None:
         ranks.within(
             layout,
             lambda _, c=(models[family], layout, settings, optimizer), n=name: learn(
-                *c, export=ranks.out / "before" / n, updated=ranks.out / "after" / n
+                *c, ranks.out / "before" / n, ranks.out / "after" / n, second_step_at(ranks, n)
             ),
             name,
         )
-    for name in AT_EQUAL_WEIGHTS:
-        family, layout, settings, _ = CASES[name]
-        arguments = (ranks.out / "after" / f"{family} TP1", layout, settings)
-        ranks.within(layout, lambda _, a=arguments: second_gradient(*a), f"at equal weights {name}")
     for name, (family, layout, settings) in REPLAYED.items():
-        arguments = (models[family], layout, settings, LAYERS[family])
+        arguments = (models[family], layout, settings, LAYERS[family], second_step_at(ranks, f"{family} replay"))
         ranks.within(layout, lambda _, a=arguments: learn_replaying(*a), f"replay {name}")
     for name in BALANCED:
         layout = EXPERTS[name]
