@@ -23,6 +23,7 @@ from exprl_megatron.models.stored_parameters import StoredParameter, stored_para
 from exprl_megatron.policy.huggingface import copy_companions, write_config
 from exprl_megatron.policy.megatron_files import COMMON, MEGATRON, MegatronFiles
 from exprl_megatron.utils.files import write_atomically
+from exprl_megatron.utils.required import required
 
 
 def convert_to_megatron(
@@ -54,12 +55,12 @@ def convert_to_megatron(
         plans, metadata = planner.create_global_plan([writer.prepare_local_plan(plan) for plan in plans])
         plans = writer.prepare_global_plan(plans)
         results: list[list[WriteResult]] = []
-        for number, (plan, file) in enumerate(zip(plans, files, strict=True)):
+        for number, (save_plan, file) in enumerate(zip(plans, files, strict=True)):
             done = partial.note(number)
             if done.is_file():
                 partial.wrote(sizes[number])
             else:
-                written = writer.write_data(plan, _FromHuggingFace(weights, file, dtypes, partial.wrote)).value()
+                written = writer.write_data(save_plan, _FromHuggingFace(weights, file, dtypes, partial.wrote)).value()
                 write_atomically(done, pickle.dumps(written))
             results.append(pickle.loads(done.read_bytes()))
         writer.finish(metadata, results)
@@ -97,7 +98,7 @@ class _FromHuggingFace(DefaultSavePlanner):
             buffer = io.BytesIO()
             torch.save([{}], buffer)
             return buffer
-        key, offset = write_item.index.fqn, tuple(write_item.index.offset)
+        key, offset = write_item.index.fqn, tuple(write_item.index.offset or ())
         stored, tensor = next(
             self._places[key, offset[:ahead]] for ahead in (2, 1, 0) if (key, offset[:ahead]) in self._places
         )
@@ -110,7 +111,8 @@ class _FromHuggingFace(DefaultSavePlanner):
         if tensor is not stored:
             keys = [section.key for section in stored.tensors]
             value = value.split([section.shape[0] for section in stored.tensors])[keys.index(key)]
-        value = value.to(self._dtypes[key]).view(write_item.tensor_data.chunk.sizes)
+        chunk = required(write_item.tensor_data, "the place of a tensor's piece").chunk
+        value = value.to(self._dtypes[key]).view(chunk.sizes)
         self._wrote(value.nbytes)
         return value
 
@@ -146,7 +148,8 @@ def _dtypes(
 
 
 def _cut(table: list[StoredParameter], dtypes: dict[str, torch.dtype], file_bytes: int) -> list[list[StoredParameter]]:
-    files, filled = [[]], 0
+    files: list[list[StoredParameter]] = [[]]
+    filled = 0
     for stored in table:
         size = _size(stored, dtypes)
         if files[-1] and filled + size > file_bytes:

@@ -22,6 +22,7 @@ from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.models.stored_parameters import StoredParameter, stored_parameters
 from exprl_megatron.models.weight_readers import weight_files
 from exprl_megatron.policy.megatron_files import MEGATRON
+from exprl_megatron.utils.required import required
 
 TOKENS = 64
 """Random tokens whose logits are compared."""
@@ -78,7 +79,7 @@ def verify_weights(
     made = None if quantized else open_weights(copy, origin)
     if quantized:
         _check_config(Path(copy), expected)
-    elif made.architecture != expected.architecture:
+    elif required(made, "the copy").architecture != expected.architecture:
         raise UserError(f"{copy} and {reference} are models of different architectures; compare two of the same.")
     found = Verified()
     table = [stored for stored in stored_parameters(expected.architecture) if stored.parameter.exported]
@@ -87,9 +88,10 @@ def verify_weights(
         if quantized:
             form, given = Form(hf_shapes(expected.architecture), "fp8"), _read_quantized(quantized, stored)
         else:
-            form = Form(hf_shapes(expected.architecture), made.dtype(stored))
-            given = dict(zip(stored.parameter.hf_names, made.tensors(stored), strict=True))
-            if expected.dtype(stored) != made.dtype(stored):
+            weights = required(made, "the copy")
+            form = Form(hf_shapes(expected.architecture), weights.dtype(stored))
+            given = dict(zip(stored.parameter.hf_names, weights.tensors(stored), strict=True))
+            if expected.dtype(stored) != weights.dtype(stored):
                 found.note = " with the reference cast to the copy's dtype"
         _compare(found, dict(form.tensors(expected, stored)), given)
         advance(sum(sizes[: number + 1]), sum(sizes))
@@ -137,8 +139,8 @@ def _check_config(directory: Path, expected: Weights) -> None:
     wanted["quantization_config"] = fp8.quantization_config(
         list(hf_shapes(expected.architecture)), list(left_out_tensors(expected.origin, expected.architecture))
     )
-    differing = {key for key in given.keys() | wanted.keys() if given.get(key) != wanted.get(key)}
-    if differing := sorted(differing - {"dtype", "torch_dtype"}):
+    keys = (given.keys() | wanted.keys()) - {"dtype", "torch_dtype"}
+    if differing := sorted(key for key in keys if given.get(key) != wanted.get(key)):
         raise UserError(
             f"{directory}/config.json is not that of {expected.origin} quantized ({', '.join(differing)}); "
             f"compare two forms of one model."

@@ -62,6 +62,9 @@ def estimate_gain(before: GradedCounts, after: GradedCounts, k: int, confidence:
     shared = [name for name in before if name in after and min(before[name][0], after[name][0]) >= k]
     if not shared:
         return None
-    first, second = (np.array([[pass_at_k(*counts[name], k) for name in shared]]) for counts in (before, after))
+    first, second = (
+        np.array([[pass_at_k(samples, correct, k) for samples, correct in (counts[name] for name in shared)]])
+        for counts in (before, after)
+    )
     low, high = difference_bounds(second, first, confidence)
     return PassAtK(k, float(second.mean() - first.mean()), float(low), float(high), len(shared))

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 from exprl_megatron.errors import UserError
 from exprl_megatron.evaluation.eval_config import EvalConfig
 from exprl_megatron.evaluation.result_store import question_key
@@ -12,6 +14,7 @@ from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import PromptBuilder, check_vocabulary, drop_overlong
 from exprl_megatron.problems.sources import load_records
 from exprl_megatron.rollout.sampler import Prompt
+from exprl_megatron.utils.array_fields import read_only
 from exprl_megatron.utils.text_check import TextCheck, text_check_of
 
 
@@ -73,7 +76,7 @@ def read_questions(settings: EvalConfig) -> EvalQuestions:
     prompted = drop_overlong(problems, builder, longest)
     check_vocabulary(settings.model, model.vocab_size, prompted.prompts)
     questions = [
-        EvalQuestion(problem, records[problem.id], Prompt(problem.id, ids), _key(problem, ids))
+        EvalQuestion(problem, records[problem.id], Prompt(problem.id, read_only(ids, np.int32)), _key(problem, ids))
         for problem, ids in zip(prompted.problems, prompted.prompts, strict=True)
     ]
     return EvalQuestions(

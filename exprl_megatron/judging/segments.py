@@ -25,7 +25,10 @@ _SENTENCE_ENDS = re.compile(r"(?:[.!?]+[\"'”’)\]]*\s|[。！？]+[\"'”’�
 
 
 def segments_and_texts(
-    token_ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", config: SegmentsConfig, granularity: Granularity
+    token_ids: Sequence[int] | np.ndarray,
+    tokenizer: "PreTrainedTokenizerBase",
+    config: SegmentsConfig,
+    granularity: Granularity,
 ) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
     """Return the results of `split_segments` and `shown_texts`; the tokens are decoded once."""
     text = TokenText(token_ids, tokenizer)
@@ -34,7 +37,7 @@ def segments_and_texts(
 
 
 def split_segments(
-    token_ids: Sequence[int],
+    token_ids: Sequence[int] | np.ndarray,
     tokenizer: "PreTrainedTokenizerBase",
     config: SegmentsConfig,
     text: TokenText | None = None,
@@ -66,7 +69,7 @@ def split_segments(
 
 
 def shown_texts(
-    token_ids: Sequence[int],
+    token_ids: Sequence[int] | np.ndarray,
     spans: Sequence[tuple[int, int]],
     tokenizer: "PreTrainedTokenizerBase",
     granularity: Granularity,

@@ -30,7 +30,7 @@ class TokenText:
         tokenizer: the Hugging Face tokenizer that decodes them.
     """
 
-    def __init__(self, token_ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(self, token_ids: Sequence[int] | np.ndarray, tokenizer: "PreTrainedTokenizerBase"):
         ids = np.asarray(token_ids, np.int64)
         spelling = spelling_of(tokenizer)
         places = None if spelling is None else _BytePlaces.of(ids, spelling)

@@ -21,6 +21,7 @@ from exprl_megatron.errors import RunStopped, ServerError, UserError
 from exprl_megatron.launch.exit_reports import RankFailed, RankKilled, exit_error, exit_report, parse_exit_report
 from exprl_megatron.serving.keys import read_key
 from exprl_megatron.utils.ports import LOCAL, interface
+from exprl_megatron.utils.required import required
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -219,14 +220,14 @@ class WorkerNode:
 
     def report(self, error: Exception) -> None:
         """Report to node 0 the error that ended this node's ranks; node 0 reads the first report."""
-        report = exit_report(error)
+        report, messages = exit_report(error), required(self._messages, "the key of the run")
         if isinstance(error, RankKilled):
-            self._messages.write(_KILLED, report)
-        self._messages.write(_FAILED, report)
+            messages.write(_KILLED, report)
+        messages.write(_FAILED, report)
 
     def leave(self) -> None:
         """Report that this node has finished."""
-        self._messages.count(1)
+        required(self._messages, "the key of the run").count(1)
 
     def _has_record(self, name: str) -> bool:
         from torch.distributed import DistError
@@ -264,7 +265,7 @@ def _listen_store(node: Node) -> "TCPStore":
     from exprl_megatron.utils.keyed_store import start_store
 
     try:
-        return start_store(interface(node.host), node.port, _CONNECT_S)
+        return start_store(interface(node.host), required(node.port, "the port of --master"), _CONNECT_S)
     except (DistError, OSError) as error:
         raise _unreachable(node, "cannot be used to listen", error) from error
 
@@ -276,7 +277,7 @@ def _connect_store(node: Node) -> "TCPStore":
     from exprl_megatron.utils.keyed_store import connect_store
 
     try:
-        return connect_store(node.host, node.port, _CONNECT_S)
+        return connect_store(node.host, required(node.port, "the port of --master"), _CONNECT_S)
     except DistError as error:
         raise _unreachable(node, "does not answer", error) from error
 

@@ -12,7 +12,7 @@ from exprl_megatron.config.losses import Advantage, Surrogate
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stage_kinds import CustomStageConfig
 from exprl_megatron.config.stages import ExprlOutcomeStage, RlStage, SftStage, SparseRlStage
-from exprl_megatron.judging.judgement import Abstained, Scored
+from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.launch.custom_stage_trial import check_custom_stages, empty_trace, try_custom_stage
 from exprl_megatron.plugins.calling import Plugin
 from exprl_megatron.plugins.failures import PluginError
@@ -126,7 +126,7 @@ async def _try(function: CustomFunction, problem: Problem, is_verifier: bool) ->
 
 def _sample_group() -> Group:
     """Return a group of two traces, of which one has no score."""
-    judgements = (Scored(0.5, "as a trial"), Abstained("timeout"))
+    judgements: tuple[Judgement, ...] = (Scored(0.5, "as a trial"), Abstained("timeout"))
     return Group("sample", tuple(GradedTrace(empty_trace("sample", k), j) for k, j in enumerate(judgements)))
 
 

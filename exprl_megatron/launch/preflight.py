@@ -20,6 +20,7 @@ from exprl_megatron.runs.journal import Journal
 from exprl_megatron.training.examples import check_source
 from exprl_megatron.utils.accelerator import installation_fault
 from exprl_megatron.utils.files import require_directory
+from exprl_megatron.utils.required import required
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -112,7 +113,7 @@ def _check_alike(policy: str, judge: str) -> None:
 
 def _check_rollouts(config: RunConfig) -> None:
     """Raise UserError where the run of `debug.rollouts` does not have every step."""
-    journal = Journal(RunDirectory(config.debug.rollouts).journal)
+    journal = Journal(RunDirectory(required(config.debug.rollouts, "debug.rollouts")).journal)
     for stage in config.stages:
         lacking = sorted(set(range(1, stage.steps + 1)) - set(journal.steps(stage.name)))
         if lacking:

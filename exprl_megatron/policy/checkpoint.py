@@ -5,6 +5,7 @@ random states, the stage's starting weights where they are kept) and `state.json
 caller's own record). It is written under another name, `state.json` last, and renamed when complete.
 """
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -28,6 +29,9 @@ from exprl_megatron.policy.optimizer_state import parts, repartitioned
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.sharded_state import load_strategy, save_strategy, sharded_state
 from exprl_megatron.utils.files import sync_directory
+from exprl_megatron.utils.required import required
+
+_STAGE = "the stage that begin_stage starts"
 
 
 def save_checkpoint(root: str | Path, policy: Policy, extra: dict, keep: int) -> Path:
@@ -65,7 +69,7 @@ def intact_checkpoint(root: str | Path) -> tuple[Path | None, list[str]]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     sentences: list[str] = []
     for path in reversed(_from_rank_0(lambda: files.checkpoints(root))):
-        record, wrong = _from_rank_0(lambda path=path: _record_or_fault(path))
+        record, wrong = _from_rank_0(functools.partial(_record_or_fault, path))
         if record is not None:
             wrong = [
                 fault
@@ -74,7 +78,7 @@ def intact_checkpoint(root: str | Path) -> tuple[Path | None, list[str]]:
             ]
         if not wrong:
             return path, sentences
-        sentences.append(_from_rank_0(lambda path=path, wrong=wrong: _set_aside(path, wrong)))
+        sentences.append(_from_rank_0(functools.partial(_set_aside, path, wrong)))
     if sentences:
         raise UserError(
             "\n".join([*sentences, f"No other checkpoint is left in {root}; restore one, or start a new run."])
@@ -137,14 +141,15 @@ def _load(state: dict, path: str) -> dict:
 
 
 def _record(policy: Policy, extra: dict) -> dict:
+    stage = required(policy.stage, _STAGE)
     return {
         "architecture": asdict(policy.architecture),
         "layout": policy.config.layout.model_dump(),
         "precision": policy.config.precision.model_dump(),
-        "distributed": policy.stage.config.distributed,
-        "start_kept": policy.stage.ref_weights is not None,
-        "updates": policy.stage.updates,
-        "total_steps": policy.stage.total_steps,
+        "distributed": stage.config.distributed,
+        "start_kept": stage.ref_weights is not None,
+        "updates": stage.updates,
+        "total_steps": stage.total_steps,
         "extra": extra,
     }
 
@@ -202,7 +207,7 @@ def _bytes_needed(policy: Policy) -> int:
     """
     numbers = sum(torch.Size(shape).numel() for shape in hf_shapes(policy.architecture).values())
     itemsize = next(policy.chunks[0].parameters()).dtype.itemsize
-    copies = 2 if policy.stage.ref_weights is not None else 1
+    copies = 2 if required(policy.stage, _STAGE).ref_weights is not None else 1
     return numbers * (copies * itemsize + 2 * 4)
 
 
@@ -223,9 +228,9 @@ def _shared(action, policy: Policy, root: Path):
             message[0] = action()
         except OSError as error:
             message[1] = error
-    result, error = broadcast_from_rank(0, message)
-    if error is not None:
-        raise _unwritten(root, error) from error
+    result, failure = broadcast_from_rank(0, message)
+    if failure is not None:
+        raise _unwritten(root, failure) from failure
     return result
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import xxhash
 
+from exprl_megatron.utils.required import required
+
 STATE = "state.json"
 NAME = re.compile(r"checkpoint-(\d{8})")
 DAMAGED = ".damaged"
@@ -40,7 +42,7 @@ def checkpoints(root: str | Path) -> list[Path]:
 
 def number_of(checkpoint: Path) -> int:
     """Return the number in the name of a checkpoint."""
-    return int(NAME.fullmatch(checkpoint.name)[1])
+    return int(required(NAME.fullmatch(checkpoint.name), f"a number in {checkpoint}")[1])
 
 
 def checksums(directory: Path, rank: int, ranks: int) -> dict[str, str]:

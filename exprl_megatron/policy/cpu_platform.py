@@ -22,8 +22,10 @@ from exprl_megatron.utils.gloo_device import share_gloo_device
 
 CPU = torch.device("cpu")
 PREFIX = "megatron.core."
-FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like")
-FACTORIES += ("rand", "randn", "tensor", "zeros", "zeros_like")
+FACTORIES = (
+    *("arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like"),
+    *("rand", "randn", "tensor", "zeros", "zeros_like"),
+)
 
 
 class NoStream:

@@ -81,7 +81,7 @@ def _rounding(kind: str) -> Rounding:
     """Return the rounding of one linear layer's inputs, weights and gradients."""
     if kind == "fp8-delayed":
         return Delayed(parallel_state.get_amax_reduction_group(with_context_parallel=True))
-    stateless = {
+    stateless: dict[str, Rounding] = {
         "fp8-tensorwise": Tensorwise(),
         "fp8-blockwise": Blockwise(128, square_weights=True, scale=power_of_two_scale),
         "mxfp8": Blockwise(32, square_weights=False, scale=e8m0_scale),

@@ -13,6 +13,7 @@ from exprl_megatron.models.shards import holders, is_contiguous_shard, shard_sha
 from exprl_megatron.policy.named_weights import named_weights
 from exprl_megatron.policy.precision import dequantized
 from exprl_megatron.policy.world import World
+from exprl_megatron.utils.required import required
 
 
 class Gatherer:
@@ -41,11 +42,12 @@ class Gatherer:
         """
         ranks = holders(parameter, self._world.layout)
         if self._world.rank == root:
+            target = required(into, "the memory of the gathered tensors")
             for index, rank in enumerate(ranks):
                 if rank == root:
-                    _place(parameter, self.own(parameter), into, index, len(ranks))
+                    _place(parameter, self.own(parameter), target, index, len(ranks))
                 else:
-                    self._receive(parameter, rank, into, index)
+                    self._receive(parameter, rank, target, index)
         elif self._world.rank in ranks:
             dist.send(self.own(parameter).contiguous(), dst=root)
 

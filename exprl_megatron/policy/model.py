@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -55,7 +56,7 @@ def transformer_config(architecture: Architecture, config: PolicyConfig, device:
     """Return Megatron's own configuration; `device` decides which fused kernels are asked for."""
     layout, dtype, cuda = config.layout, DTYPES[config.precision.dtype], device.type == "cuda"
     fused = fuses_gradients(config, cuda)
-    recompute = {
+    recompute: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},

@@ -27,8 +27,8 @@ def use_key(key: str | None) -> None:
 def broadcast_object[T](item: T, source: int, group: dist.ProcessGroup) -> T:
     """Return the `item` of rank `source` on every rank of `group`; a collective."""
     here = dist.get_rank() == source
-    data = _signed(item) if here else None
-    size = torch.tensor([len(data) if here else 0])
+    data = _signed(item) if here else torch.empty(0, dtype=torch.uint8)
+    size = torch.tensor([len(data)])
     dist.broadcast(size, source, group=group)
     data = data if here else torch.empty(int(size), dtype=torch.uint8)
     dist.broadcast(data, source, group=group)
@@ -41,7 +41,9 @@ def gather_objects(item: Any, destination: int, group: dist.ProcessGroup) -> lis
     here = dist.get_rank() == destination
     gathered = [torch.empty_like(data) for _ in sizes] if here else None
     dist.gather(data, gathered, dst=destination, group=group)
-    return [_opened(one[:size]) for one, size in zip(gathered, sizes, strict=True)] if here else None
+    if gathered is None:
+        return None
+    return [_opened(one[:size]) for one, size in zip(gathered, sizes, strict=True)]
 
 
 def all_gather_objects[T](item: T, group: dist.ProcessGroup) -> list[T]:

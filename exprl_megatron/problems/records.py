@@ -12,6 +12,7 @@ from typing import Any, get_args
 from exprl_megatron.config.problems import BuiltInDomain, Domain, FieldNames
 from exprl_megatron.errors import UserError
 from exprl_megatron.problems.problem import CodeTest, Problem, Reference
+from exprl_megatron.utils.required import required
 
 DOMAINS: tuple[str, ...] = get_args(BuiltInDomain)
 MAX_SHOWN_FAULTS = 10
@@ -117,8 +118,8 @@ def parse_problem(record: dict[str, Any], fields: FieldNames, domains: Sequence[
     if reader.faults:
         return reader.faults
     return Problem(
-        id=texts["id"],
-        text=texts["problem"],
+        id=required(texts["id"], "the id"),
+        text=required(texts["problem"], "the problem"),
         reference=None if texts["reference"] is None else Reference(texts["reference"]),
         answer=texts["answer"],
         domain=domain,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -98,12 +99,15 @@ def load_records(config: ProblemsConfig) -> list[tuple[Problem, dict]]:
         UserError: see `load_problems`.
         PluginError: see `load_problems`.
     """
-    found, faults, seen, count = [], [], {}, 0
+    found: list[tuple[Problem, dict[str, Any]]] = []
+    faults, count = [], 0
+    seen: dict[str, str] = {}
     with says_what_takes_long(lambda: f"reading problems from {config.source}: {count} records so far ..."):
         for place, record in itertools.islice(_rows(config), config.limit):
             count += 1
-            problem = [record] if isinstance(record, str) else parse_problem(record, config.fields, config.domains)
-            if isinstance(problem, list):
+            if isinstance(record, str):
+                faults.append((place, record))
+            elif isinstance(problem := parse_problem(record, config.fields, config.domains), list):
                 faults += [(place, sentence) for sentence in problem]
             elif problem.id in seen:
                 faults.append((place, f"the id {problem.id!r} also occurs at {seen[problem.id]}; make the ids differ."))

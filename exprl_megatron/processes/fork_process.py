@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 import traceback
+from typing import NoReturn
 
 from setproctitle import getproctitle, setproctitle
 
@@ -85,7 +86,7 @@ def _fork_twice(request: ForkRequest, descriptors: list[int], parent: int, reque
         os._exit(1)
 
 
-def _become(request: ForkRequest, descriptors: list[int], parent: int) -> None:
+def _become(request: ForkRequest, descriptors: list[int], parent: int) -> NoReturn:
     """Run the requested program, under a supervisor where it has one; does not return."""
     standard, inherited = descriptors[:2], descriptors[2:]
     for number, descriptor in zip((1, 2), standard, strict=True):
@@ -121,7 +122,7 @@ def _become(request: ForkRequest, descriptors: list[int], parent: int) -> None:
     os._exit(shell_status(supervise(parent, request.grace_s, start)))
 
 
-def _run(request: ForkRequest) -> None:
+def _run(request: ForkRequest) -> NoReturn:
     """Run the program in this process, as `python -m` does, and end; does not return."""
     _, _, module, *arguments = request.command
     setproctitle(_title(request.command, request))

@@ -17,6 +17,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from exprl_megatron.processes.child import Child
 
 HEARTBEAT = "EXPRL_HEARTBEAT"
 """Environment variable with the number of a descriptor that the command inherits."""
@@ -33,7 +37,7 @@ def supervised_command(command: list[str], grace_s: float = 5.0, parent: int | N
     return [sys.executable, "-E", "-S", __file__, str(parent or os.getpid()), str(grace_s), *command]
 
 
-def supervise(parent: int, grace_s: float, start: Callable[[dict[str, str]], "subprocess.Popen"]) -> int:
+def supervise(parent: int, grace_s: float, start: Callable[[dict[str, str]], "Child"]) -> int:
     """Run what `start` starts with these environment variables to its end, to our SIGTERM, or to the end of `parent`.
 
     It must be killed when this process ends. Returns its exit status, negative where a signal ended it.
@@ -43,7 +47,7 @@ def supervise(parent: int, grace_s: float, start: Callable[[dict[str, str]], "su
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # The same holds for Ctrl-C, which a terminal sends to all processes of a command.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    asked_to_stop = []
+    asked_to_stop: list[bool] = []
     signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
     # SGLang leaves its sockets in the temporary directory; their paths must be short, so it is not in the run's.
     directory = tempfile.mkdtemp(prefix="exprl-")
@@ -88,7 +92,7 @@ def shell_status(status: int) -> int:
     return status if status >= 0 else 128 - status
 
 
-def _wait(server: subprocess.Popen, seconds: float) -> None:
+def _wait(server: "Child", seconds: float) -> None:
     try:
         server.wait(seconds)
     except subprocess.TimeoutExpired:

@@ -90,7 +90,7 @@ def stage_phases(spans: Sequence[Span]) -> dict[str, dict[str, float]]:
 
 def bottleneck(phases: Mapping[str, float]) -> str:
     """Return a sentence that names the longest phase of a step and what shortens it."""
-    name = max(phases, key=phases.get)
+    name = max(phases, key=lambda phase: phases[phase])
     total = sum(phases.values())
     return f"{name} is the bottleneck, {phases[name] / total:.0%} of a step; what helps: {REMEDIES[name]}."
 

@@ -90,16 +90,7 @@ class CodeSandbox:
             SandboxUnavailable: this machine cannot contain programs.
             SandboxFailed: the worker does not start.
         """
-        if self._worker is None or not self._worker.alive:
-            self.close()
-            self._worker = self._start()
-        try:
-            greeting = self._worker.wait_until_ready(START_DEADLINE_S)
-        except RuntimeError as error:
-            raise SandboxFailed(str(error)) from error
-        if "refused" in greeting:
-            raise SandboxUnavailable(greeting["refused"])
-        return greeting["layers"]
+        return self._ready()[1]
 
     def run(self, program: str, text: str, function: str | None, wall_s: float) -> ProgramOutcome:
         """Run `program` on the input `text`, or call its `function` with one argument from each line of `text`.
@@ -110,10 +101,10 @@ class CodeSandbox:
             SandboxUnavailable: this machine cannot contain programs.
             SandboxFailed: the program did not run to its end, and the program is not the cause.
         """
-        self.layers()
+        worker, _ = self._ready()
         request = {"program": program, "function": function, "input": text, "wall_s": wall_s}
         try:
-            reply = self._worker.ask({**request, "limits": asdict(self._limits)}, wall_s + _GRACE_S)
+            reply = worker.ask({**request, "limits": asdict(self._limits)}, wall_s + _GRACE_S)
         except (TimeoutError, EOFError) as error:
             self.close()
             raise SandboxFailed(str(error)) from error
@@ -127,10 +118,24 @@ class CodeSandbox:
             self._worker.kill()
             self._worker = None
 
+    def _ready(self) -> tuple[WorkerProcess, list[str]]:
+        """Return the running worker, which is started if needed, and the names of its layers; raises as `layers`."""
+        worker = self._worker
+        if worker is None or not worker.alive:
+            self.close()
+            worker = self._worker = self._start()
+        try:
+            greeting = worker.wait_until_ready(START_DEADLINE_S)
+        except RuntimeError as error:
+            raise SandboxFailed(str(error)) from error
+        if "refused" in greeting:
+            raise SandboxUnavailable(greeting["refused"])
+        return worker, greeting["layers"]
+
     def _start(self) -> WorkerProcess:
         numpy = importlib.util.find_spec("numpy")
         paths = [str(Path(__file__).parents[2])]
-        if numpy is not None:
+        if numpy is not None and numpy.origin is not None:
             paths.append(str(Path(numpy.origin).parents[1]))
         layers = "all" if self._optional_layers else "needed"
         python = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _BOOT]

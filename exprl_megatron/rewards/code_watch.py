@@ -92,7 +92,7 @@ class Watch:
             elif fd == self._control.fileno():
                 self._listen()
             elif fd == self._listener:
-                self._count(event)
+                self._count(fd, event)
             else:
                 self._collect(fd)
 
@@ -106,13 +106,13 @@ class Watch:
         else:
             self._open.discard(self._control.fileno())
 
-    def _count(self, event: int) -> None:
+    def _count(self, listener: int, event: int) -> None:
         if not event & select.POLLIN:
-            self._open.discard(self._listener)
+            self._open.discard(listener)
             return
         # The waiting thread may have ended with its process.
         with contextlib.suppress(OSError):
-            seccomp.decide_thread(self._listener, allow=self._threads < self._limits.threads)
+            seccomp.decide_thread(listener, allow=self._threads < self._limits.threads)
         self._threads += 1
 
     def _collect(self, fd: int) -> None:

@@ -89,7 +89,8 @@ class Sandbox:
             task_file = opened.enter_context(_memory_file(task.encode()))
             pipes = [[opened.enter_context(end) for end in _pipe()] for _ in range(3)]
             control, theirs = map(opened.enter_context, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            ends = [source, *(writer for _, writer in pipes), theirs, task_file]
+            ends: list[io.FileIO | socket.socket] = [source, *(writer for _, writer in pipes), theirs, task_file]
+            assert self._zygote is not None, "contain_worker starts the zygote"
             pid = self._zygote.start([end.fileno() for end in ends])
             for end in ends:
                 end.close()

@@ -5,6 +5,7 @@ earlier programs; the zygote is forked from it before the first request and only
 every program starts with the same memory.
 """
 
+import errno
 import os
 import select
 import socket
@@ -95,7 +96,7 @@ def _serve(worker: int, channel: socket.socket, begin: Callable[[list[int]], int
         try:
             pid = os.fork()
         except OSError as error:
-            pid = -error.errno
+            pid = -(error.errno or errno.EAGAIN)
         if pid == 0:
             status = 1
             try:

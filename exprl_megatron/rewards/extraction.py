@@ -57,10 +57,11 @@ def extract_answer(text: str) -> str | None:
     boxes = last_boxes(text)
     if boxes is None:
         answer = _stated(text)
-    elif None in boxes:
-        return None
     else:
-        answer = ", ".join(dict.fromkeys(box.strip() for box in boxes))
+        closed = [box.strip() for box in boxes if box is not None]
+        if len(closed) < len(boxes):
+            return None
+        answer = ", ".join(dict.fromkeys(closed))
     if answer is None or not answer.strip() or len(answer) > MAX_ANSWER_LENGTH:
         return None
     return answer.strip()
@@ -106,7 +107,8 @@ def last_box_group(text: str, accept: Callable[[str], bool]) -> tuple[int, str] 
     spans = [box for box in _boxes(text) if box[2] is not None]
     while spans:
         group = _together(text, spans)
-        accepted = [box[2].strip() for box, _ in group if accept(box[2])]
+        contents = [content for (_, _, content), _ in group if content is not None]
+        accepted = [content.strip() for content in contents if accept(content)]
         if accepted:
             return group[0][0][0], ", ".join(dict.fromkeys(accepted))
         spans = spans[: -len(group)]
@@ -194,7 +196,7 @@ def extract_program(text: str) -> str | None:
     return blocks["python"] if "python" in blocks else blocks.get("")
 
 
-def _html_block(text: str) -> dict[str, str]:
+def _html_block(text: str) -> dict[str, str | None]:
     """Return the last `<pre><code>` block by its language."""
     end = text.rfind("</code>")
     start = text.rfind("<code", 0, end) if text.find("</pre>", end) >= 0 else -1
@@ -251,7 +253,8 @@ def _opens(fence: re.Match, opened: _Opened | None) -> bool:
 
 def _language(info: str) -> str:
     """Return `python` for every name of Python, else the first word of the fence's information in lower case."""
-    name = _LANGUAGE.match(re.sub(r"^\{?\s*\.?(?:language-|lang-)?", "", info.strip()))[0].lower()
+    found = _LANGUAGE.match(re.sub(r"^\{?\s*\.?(?:language-|lang-)?", "", info.strip()))
+    name = found[0].lower() if found else ""
     return "python" if _PYTHON.fullmatch(name) else name
 
 

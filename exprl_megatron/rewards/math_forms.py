@@ -144,18 +144,18 @@ def _expanded(mantissa: str, exponent: str) -> str | None:
 
 
 def _same_clock(gold: str, answer: str) -> bool | None:
-    times = [_clock(text) for text in (gold, answer)]
-    if None not in times:
-        (first, first_half), (second, second_half) = times
+    gold_time, answer_time = _clock(gold), _clock(answer)
+    if gold_time is None:
+        return None
+    if answer_time is not None:
+        (first, first_half), (second, second_half) = gold_time, answer_time
         if first_half and second_half:
             return _on_24_hours(first, first_half) == _on_24_hours(second, second_half)
         if first_half or second_half:
             half = first_half or second_half
             return first == second or _on_24_hours(first, half) == _on_24_hours(second, half)
         return first == second
-    if times[0] is None:
-        return None
-    (hours, minutes, _), half = times[0]
+    (hours, minutes, _), half = gold_time
     # 3:10 may be a ratio; 12:30 is not, since it is not in its lowest terms.
     ratio = not half and minutes and not gold.startswith("0") and Fraction(hours, minutes).denominator == minutes
     return None if ratio else False
@@ -176,10 +176,8 @@ def _on_24_hours(time: tuple[int, int, int], half: str) -> tuple[int, int, int]:
 def _same_base(gold: str, answer: str) -> bool | None:
     """Return whether digits and base are equal; the answer may omit the base, which the question names."""
     wanted, given = _based(gold), _based(answer)
-    if wanted is None and given is None:
-        return None
     if wanted is None:
-        return None if given[1] == 10 else False
+        return None if given is None or given[1] == 10 else False
     if given is None:
         plain = re.sub(r"[\s{},\\]", "", answer)
         return plain.lstrip("0") == wanted[0].lstrip("0") if re.fullmatch(r"[0-9A-Za-z.]+", plain) else False
@@ -189,9 +187,9 @@ def _same_base(gold: str, answer: str) -> bool | None:
 def _based(text: str) -> tuple[str, int] | None:
     """Return digits and base of a numeral such as 204_5."""
     match = _BASED.fullmatch(re.sub(r"\s+", " ", _without_text(text)).strip())
-    base = match and (match["below"] or match["words"])
-    if not base:
+    if match is None:
         return None
+    base = match["below"] or match["words"]
     number = int(base) if base.isdigit() else _BASE_NAMES.get(base)
     return None if number is None else (match["digits"].upper(), number)
 
@@ -298,8 +296,8 @@ class _List:
 
     def _read_names(self) -> None:
         """Keep values by name where every item has its own; roots of one unknown (x_1, x_2) are not ordered."""
-        pairs = [_NAMED.fullmatch(item) for item in self.items]
-        if None in pairs:
+        pairs = [pair for item in self.items if (pair := _NAMED.fullmatch(item))]
+        if len(pairs) < len(self.items):
             return
         names = [re.sub(r"[{}\s]", "", pair[1]) for pair in pairs]
         if len({name.partition("_")[0] for name in names}) == 1 and all(map(_ROOT_NAME.fullmatch, names)):

@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 from fractions import Fraction
+from typing import Any
 
 from exprl_megatron.rewards.math_forms import normalize_answer, same_answer, same_value
 from exprl_megatron.rewards.prime_answer import same_as_prime
@@ -38,7 +39,7 @@ def serve() -> None:
         signal.setitimer(signal.ITIMER_REAL, 2 * request["limit_s"])
         try:
             equal = {"recommended": _equal, "prime": _equal_as_prime, "code": _equal_as_released}[request["variant"]]
-            reply = {"equal": equal(parse, verify, request["gold"], request["answer"])}
+            reply: dict[str, bool | str] = {"equal": equal(parse, verify, request["gold"], request["answer"])}
         except Exception as error:  # the parent gets every error
             reply = {"reason": "verifier-error", "error": f"{type(error).__name__}: {error}"[:300]}
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -67,13 +68,13 @@ def _equal(parse, verify, gold: str, answer: str | None) -> bool:
         return False
 
 
-def _tiny_and_different(one: object, other: object) -> bool:
+def _tiny_and_different(one: Any, other: Any) -> bool:
     """Return whether two small numbers are equal only because math-verify rounds to six decimals."""
     try:
-        values = [Fraction(str(value.evalf(20))) for value in (one, other)]
+        first, second = [Fraction(str(value.evalf(20))) for value in (one, other)]
     except (AttributeError, ValueError, TypeError):
         return False
-    return max(map(abs, values)) < 1 and not same_value(*values)
+    return max(abs(first), abs(second)) < 1 and not same_value(first, second)
 
 
 def _equal_as_released(parse, verify, gold: str, boxed_tail: str) -> bool:

@@ -39,9 +39,9 @@ def same_as_prime(gold: str, answer: str, compare: Callable[[str, str], bool]) -
     wanted, found = (_plain(text) for text in (gold, answer[:MAX_ANSWER_LENGTH]))
     if wanted == found:
         return True
-    numbers = _number(wanted), _number(found)
-    if None not in numbers:
-        return any(isclose(numbers[0] * factor, numbers[1], rel_tol=1e-4) for factor in (0.01, 1, 100))
+    number, other = _number(wanted), _number(found)
+    if number is not None and other is not None:
+        return any(isclose(number * factor, other, rel_tol=1e-4) for factor in (0.01, 1, 100))
     if not found:
         return False
     parts = _parts(wanted), _parts(found)
@@ -82,5 +82,5 @@ def _number(text: str) -> float | None:
 
 def _parts(text: str) -> list[str]:
     """Return the elements of a tuple, an interval or a list; its two brackets may differ in kind."""
-    inner = text[1:-1] if any(text[:1] == left and text[-1:] == right for left, right in _BRACKETS) else text
+    inner = text[1:-1] if text[:1] + text[-1:] in _BRACKETS else text
     return inner.split(",")

@@ -41,7 +41,9 @@ class WorkerProcess:
             cwd=cwd,
             start_new_session=new_session,
         )
-        os.set_blocking(self._process.stdin.fileno(), False)
+        assert self._process.stdin is not None and self._process.stdout is not None, "both are pipes"
+        self._requests, self._replies = self._process.stdin, self._process.stdout
+        os.set_blocking(self._requests.fileno(), False)
         self._unread = bytearray()
         self._greeting: dict | None = None
 
@@ -72,7 +74,7 @@ class WorkerProcess:
             EOFError: the process died.
         """
         end = time.monotonic() + deadline_s
-        pipe = self._process.stdin.fileno()
+        pipe = self._requests.fileno()
         unsent = memoryview(json.dumps(request).encode() + b"\n")
         while unsent:
             if not select.select([], [pipe], [], max(0.0, end - time.monotonic()))[1]:
@@ -89,11 +91,11 @@ class WorkerProcess:
         """Kill the process, and wait for its end."""
         self._process.kill()
         self._process.wait()
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self._requests.close()
+        self._replies.close()
 
     def _reply(self, end: float) -> dict:
-        pipe = self._process.stdout.fileno()
+        pipe = self._replies.fileno()
         newline = self._unread.find(b"\n")
         while newline < 0:
             if not select.select([pipe], [], [], max(0.0, end - time.monotonic()))[0]:

@@ -66,8 +66,10 @@ class ServerChecksums:
                 self._add_dense(part, tensor)
             if copy := plus_one(name, self._delta_net):
                 self._add_dense(ServerPart(copy, part.module, 0), tensor + 1)
-        for parts in (*self._waiting.values(), *(growing.early for growing in self._growing.values())):
-            parts |= {key: kept.clone() for key, kept in parts.items()}
+        for parts in self._waiting.values():
+            parts |= {name: kept.clone() for name, kept in parts.items()}
+        for growing in self._growing.values():
+            growing.early |= {place: kept.clone() for place, kept in growing.early.items()}
 
     def result(self) -> tuple[dict[str, str], ...]:
         """Return the checksums of each rank's parameters.

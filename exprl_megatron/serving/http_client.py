@@ -117,8 +117,8 @@ class HttpClient:
             said = self._without_key(_message(reply.decode(errors="replace")))
             if 300 <= status < 400:
                 said = f"it redirects to another address; name that one. {said}".strip()
-            error = self._error(path, f"refused with HTTP {status}: {said}")
-            raise RequestRefused(str(error), said) if status in _REFUSALS else error
+            refused = self._error(path, f"refused with HTTP {status}: {said}")
+            raise RequestRefused(str(refused), said) if status in _REFUSALS else refused
         return reply
 
     async def _body(self, path: str, response: aiohttp.ClientResponse, limit: int) -> bytes:

@@ -36,6 +36,7 @@ from exprl_megatron.serving.transfer_tables import (
 from exprl_megatron.serving.weight_layout import is_weight
 from exprl_megatron.utils.authentication import NotAuthentic
 from exprl_megatron.utils.keyed_store import Records, connect_store
+from exprl_megatron.utils.required import required
 
 _log = logging.getLogger(__name__)
 _CONNECT_S = 30.0
@@ -73,9 +74,9 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
             _member = _Member(command)
             _member.join(model)
         elif command["do"] == "receive":
-            _member.receive()
+            required(_member, "the membership of this rank").receive()
         elif command["do"] == "leave":
-            _member.leave()
+            required(_member, "the membership of this rank").leave()
     except Exception as error:  # SGLang's process would end with it
         _log.exception("the command to %s weights failed", command["do"])
         error_text = f"{type(error).__name__}: {error}"

@@ -32,13 +32,17 @@ def hash_parts(parts: Iterable[tuple[Slice, torch.Tensor]]) -> np.ndarray:
 
     A part is [rows, columns], of any strides, all on one device; each is read once, in order.
     """
-    places, found = [], []
+    places: list[Slice] = []
+    on_host: list[int] = []
+    on_device: list[torch.Tensor] = []
     for place, numbers in parts:
         places.append(place)
-        found.append(_byte_hash(numbers) if numbers.device.type == "cpu" else word_hash(numbers))
-    if found and isinstance(found[0], torch.Tensor):
-        # In one transfer: each transfer would wait for the device.
-        found = torch.stack(found).tolist()
+        if numbers.device.type == "cpu":
+            on_host.append(_byte_hash(numbers))
+        else:
+            on_device.append(word_hash(numbers))
+    # In one transfer: each transfer would wait for the device.
+    found = torch.stack(on_device).tolist() if on_device else on_host
     packed = (_PLACED.pack(*place, value & _MASK) for place, value in zip(places, found, strict=True))
     return np.array([xxhash.xxh3_64_intdigest(each) for each in packed], dtype=np.uint64)
 

@@ -83,6 +83,11 @@ class _RankTransfers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parts: _Table
 
 
+def column_names(dtype: np.dtype) -> tuple[str, ...]:
+    """Return the names of a table's columns; () for a dtype without fields."""
+    return dtype.names or ()
+
+
 def areas(rectangles: np.ndarray) -> np.ndarray:
     """Return the elements of each rectangle, int64 [rectangles]."""
     return rectangles["rows"].astype(np.int64) * rectangles["columns"]
@@ -151,17 +156,18 @@ def _check_within(rectangles: np.ndarray, shapes: np.ndarray) -> None:
 
 def _packed(table: np.ndarray) -> _Table:
     columns = {}
-    for field in table.dtype.names:
+    for field in column_names(table.dtype):
         differences = np.diff(table[field], prepend=np.int32(0))
         columns[field] = zlib.compress(differences.astype("<i4").tobytes(), 1)
     return _Table(len(table), columns)
 
 
 def _unpacked(packed: _Table, dtype: np.dtype) -> np.ndarray:
-    if set(packed.columns) != set(dtype.names) or packed.rows < 0:
-        raise ValueError(f"expected columns {', '.join(dtype.names)}; {_REMEDY}")
+    names = column_names(dtype)
+    if set(packed.columns) != set(names) or packed.rows < 0:
+        raise ValueError(f"expected columns {', '.join(names)}; {_REMEDY}")
     table = np.empty(packed.rows, dtype=dtype)
-    for field in dtype.names:
+    for field in names:
         try:
             raw = zlib.decompress(packed.columns[field])
         except zlib.error as error:

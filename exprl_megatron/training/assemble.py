@@ -33,12 +33,14 @@ from exprl_megatron.training.ref_scorer import RefScorer
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run import RankZero, Run, ServerLinks
 from exprl_megatron.training.run_logger import RunLogger
+from exprl_megatron.utils.required import required
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.sync import SyncTargets, WeightSync
 from exprl_megatron.weight_sync.transports import make_transport
 
 _SIGNAL_ROOM = 2.0
 """By this factor ranks wait longer for rank 0's signal than rank 0 waits for a server."""
+_ROLLOUTS = "the object that samples rollouts"
 
 
 def assemble(
@@ -64,7 +66,7 @@ def assemble(
     if coordinator.is_rank0:
         logger = RunLogger(config, paths, progress)
         for sentence in damaged:
-            logger.log(f"{sentence} The run continues from {checkpoint.name}.")
+            logger.log(f"{sentence} The run continues from {required(checkpoint, 'a checkpoint').name}.")
         pool = _pool(config, registry, logger) if config.needs_sampling_servers else None
         judges = _judges(config, registry, pool)
         judging = JudgingRuntime(config, paths.judgements, judges, logger)
@@ -74,7 +76,7 @@ def assemble(
         prefetch = RolloutPrefetch(coordinator, rollouts, on_failure)
         evaluator = Evaluator(config, paths, rollouts, judging, logger)
     # Prompts first: their errors are known before the servers are ready.
-    coordinator.broadcast_from_rank0(lambda: rollouts.problems.prepare())
+    coordinator.broadcast_from_rank0(lambda: required(rollouts, _ROLLOUTS).problems.prepare())
 
     def policy_on_device() -> Policy:
         return Policy(_initial_policy(config, paths, progress), config.seed)
@@ -104,7 +106,9 @@ def assemble(
 
 def _await_servers(coordinator: RankCoordinator, rollouts: Rollouts | None) -> None:
     """Wait until all servers are ready; raises Preempted where the run is asked to stop before."""
-    if not coordinator.broadcast_from_rank0(lambda: coordinator.run_unless_asked_to_stop(rollouts.open())):
+    if not coordinator.broadcast_from_rank0(
+        lambda: coordinator.run_unless_asked_to_stop(required(rollouts, _ROLLOUTS).open())
+    ):
         raise Preempted("The run was asked to stop while it waited for its servers; continue with --resume.")
 
 
@@ -161,7 +165,9 @@ def _judges(
         return judge_endpoints(judge)
     if judge.placement == "policy":
         return [
-            SharedJudgeClient(pool, Path(judge.served_model), i, config.sync.deadline_s)
+            SharedJudgeClient(
+                required(pool, "the pool of servers"), Path(judge.served_model), i, config.sync.deadline_s
+            )
             for i in range(config.server.count)
         ]
     if judge.server.router:

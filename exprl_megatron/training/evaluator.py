@@ -49,7 +49,7 @@ class Evaluator:
 
         All evaluations of a run have the same seeds, so that only the weights differ.
         """
-        settings, started = self._config.evaluation, time.monotonic()
+        settings, started = self._config.required_evaluation, time.monotonic()
         plan = SamplePlan(
             ("evaluation", 0),
             settings.problems,
@@ -107,7 +107,7 @@ def evaluation_name(stage: Stage | None, step: int | None) -> str:
 
 def evaluation_metrics(record: dict[str, Any]) -> dict[str, float]:
     """Return the metrics of an evaluation's file, for metrics.jsonl and trackers."""
-    found = {}
+    found: dict[str, float] = {}
     for estimate in record["estimates"]:
         name = f"{EVALUATION}pass@{estimate['k']}"
         found |= {name: estimate["mean"], f"{name}/low": estimate["low"], f"{name}/high": estimate["high"]}

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from exprl_megatron.algorithms.batch import TrainSample
+from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import SftStage
 from exprl_megatron.errors import UserError
@@ -14,6 +17,8 @@ from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import PromptBuilder, drop_overlong
 from exprl_megatron.problems.records import encoding_fault
 from exprl_megatron.problems.sources import json_rows, load_problems
+from exprl_megatron.utils.array_fields import read_only
+from exprl_megatron.utils.required import required
 
 ExampleRow = tuple[str, str, str]
 """(name in error messages, prompt, completion)."""
@@ -33,8 +38,9 @@ class ExampleReader:
         self._max_tokens = config.policy.max_tokens
         self._tokenizer = load_tokenizer(config.policy.model)
         self._prompts = PromptBuilder(self._tokenizer, stage.prompt or config.prompt)
+        self._rows: FileRows | ReferenceRows
         if stage.problems is None:
-            self._rows = FileRows(Path(stage.examples))
+            self._rows = FileRows(_file(stage))
         else:
             self._rows = ReferenceRows(stage, self._prompts, self._max_tokens, config.seed)
 
@@ -56,7 +62,8 @@ class ExampleReader:
             if (fault := self._prompts.fault(text)) is not None:
                 raise UserError(f"{name}: its {what} {fault}")
         response = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
-        sample = TrainSample(self._prompts.token_ids(prompt), (*response, self._tokenizer.eos_token_id))
+        completion_ids = read_only((*response, self._tokenizer.eos_token_id), np.int32)
+        sample = TrainSample(read_only(self._prompts.token_ids(prompt), np.int32), completion_ids)
         if len(sample) > self._max_tokens:
             raise UserError(
                 f"{name} has {len(sample)} tokens, more than policy.max_tokens ({self._max_tokens}); "
@@ -86,7 +93,7 @@ class ReferenceRows:
     """
 
     def __init__(self, stage: SftStage, prompts: PromptBuilder, max_tokens: int, seed: int):
-        limit = min(max_tokens, stage.problems.max_prompt_tokens or max_tokens)
+        limit = min(max_tokens, _problems(stage).max_prompt_tokens or max_tokens)
         fitting = drop_overlong(problems_with_references(stage), prompts, limit)
         self._problems, self.dropped = fitting.problems, fitting.dropped
         self._order = (seed, stage.name)
@@ -95,7 +102,10 @@ class ReferenceRows:
         """Return the `count` rows from the `first` (0-based) on."""
         places = problem_indices(*self._order, first, count, len(self._problems))
         problems = [self._problems[place] for place in places]
-        return [(f"Problem {p.id} with its reference", p.statement, p.reference.for_training()) for p in problems]
+        return [
+            (f"Problem {p.id} with its reference", p.statement, required(p.reference, "a reference").for_training())
+            for p in problems
+        ]
 
 
 def check_source(stage: SftStage) -> None:
@@ -105,9 +115,17 @@ def check_source(stage: SftStage) -> None:
         UserError: they cannot be used.
     """
     if stage.problems is None:
-        read_examples(Path(stage.examples))
+        read_examples(_file(stage))
     else:
         problems_with_references(stage)
+
+
+def _problems(stage: SftStage) -> ProblemsConfig:
+    return required(stage.problems, "`problems` of a stage without `examples`")
+
+
+def _file(stage: SftStage) -> Path:
+    return Path(required(stage.examples, "`examples` of a stage without `problems`"))
 
 
 def problems_with_references(stage: SftStage) -> list[Problem]:
@@ -116,7 +134,7 @@ def problems_with_references(stage: SftStage) -> list[Problem]:
     Raises:
         UserError: they cannot be read, or some have no reference.
     """
-    problems = load_problems(stage.problems)
+    problems = load_problems(_problems(stage))
     if missing := unmet_needs(problems, "reference"):
         raise UserError("\n".join(f"stage {stage.name}: {sentence}" for sentence in missing))
     return problems

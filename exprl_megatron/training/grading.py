@@ -16,6 +16,7 @@ from exprl_megatron.rollout.custom_functions import CustomFunction
 from exprl_megatron.rollout.group import GradedTrace, JudgedSegment
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.training.custom_rewards import reward_terms
+from exprl_megatron.utils.required import required
 
 GradeTrace = Callable[[Problem, Trace], Awaitable[GradedTrace]]
 
@@ -38,9 +39,9 @@ def grade_of(stage: RlStage, judge: TextGrader | None, by_answer: GradeTrace, to
     Where a judge grades, the verifier's result (`by_answer`) is added, only for the logs.
     """
     if isinstance(stage, ExprlOutcomeStage):
-        return _checked(_whole(judge), by_answer)
+        return _checked(_whole(required(judge, "the judge")), by_answer)
     if isinstance(stage, ExprlProcessStage):
-        return _checked(_by_segments(stage, judge, tokenizer), by_answer)
+        return _checked(_by_segments(stage, required(judge, "the judge"), tokenizer), by_answer)
     return by_answer
 
 
@@ -63,17 +64,18 @@ def with_terms(
 
 
 def verified(
-    verifier: AnswerVerifier, config: VerifierConfig, custom: Mapping[str, CustomFunction] = MappingProxyType({})
+    verifier: AnswerVerifier | None, config: VerifierConfig, custom: Mapping[str, CustomFunction] = MappingProxyType({})
 ) -> GradeTrace:
     """Return a function that grades by the final answer: 1 where it is right, else 0.
 
-    `custom` has the user's verifiers by domain.
+    `custom` has the user's verifiers by domain. `verifier` is needed for problems of other domains.
     """
 
     async def grade(problem: Problem, trace: Trace) -> GradedTrace:
         if problem.domain in custom:
             return GradedTrace(trace, await custom[problem.domain].verify(problem, trace))
-        return GradedTrace(trace, await verifier.verify(problem, trace.text, config.deadline_s(problem.domain)))
+        built_in = required(verifier, "the answer verifier")
+        return GradedTrace(trace, await built_in.verify(problem, trace.text, config.deadline_s(problem.domain)))
 
     return grade
 

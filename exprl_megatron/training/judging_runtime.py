@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.config.stages import ExprlOutcomeStage, JudgedStage, RlStage, SelfDistillStage, SparseRlStage
+from exprl_megatron.config.stages import ExprlOutcomeStage, JudgedStage, RlStage, SparseRlStage
 from exprl_megatron.config.verifying import VerifierConfig
 from exprl_megatron.judging.abstentions import AbstentionWindow
 from exprl_megatron.judging.gate import JudgeGate
@@ -25,6 +25,7 @@ from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.training.custom_rewards import custom_terms
 from exprl_megatron.training.grading import GradeTrace, grade_of, verified, with_terms
 from exprl_megatron.training.run_logger import RunLogger
+from exprl_megatron.utils.required import required
 
 
 class JudgingRuntime:
@@ -48,7 +49,7 @@ class JudgingRuntime:
         self._counted: Counter[str] = Counter()
         self._gate_metrics: dict[tuple[str, int], dict[str, float]] = {}
         if config.needs_judge:
-            judge = config.judge
+            judge = config.required_judge
             opened = self._open.enter_context(JudgementStore(Path(judge.store) if judge.store else store))
             tokenizer = None if judge.model is None else load_tokenizer(judge.model)
             self._judge = Judge(judge, judges, tokenizer, store=opened)
@@ -91,10 +92,11 @@ class JudgingRuntime:
         """
         if self._gate is None or not isinstance(stage, JudgedStage):
             return
-        every = self._config.judge.gate.every_steps
+        gate = self._config.required_judge.gate
+        every = None if gate is None else gate.every_steps
         first = next(s.name for s in self._config.stages if isinstance(s, JudgedStage))
         if (stage.name, step) == (first, 1) or (every is not None and (step - 1) % every == 0):
-            result = await self._gate.evaluate(self._uncached_judge.grade)
+            result = await self._gate.evaluate(required(self._uncached_judge, "the judge without a store").grade)
             metrics = result.metrics()
             self._gate_metrics[stage.name, step] = {f"gate/{name}": value for name, value in metrics.items()}
             figures = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
@@ -111,12 +113,14 @@ class JudgingRuntime:
         Raises:
             RunStopped: it is larger than the config allows.
         """
-        if isinstance(stage, SelfDistillStage):
-            return  # learns without grades
-        judged = isinstance(stage, JudgedStage)
-        rate = self._config.judge.max_abstention_rate if judged else stage.max_abstention_rate
         judgements = [judgement for group in groups for sample in group.samples for judgement in _outcomes(sample)]
-        size = self._config.judge.abstention_window if judged else len(judgements)
+        if isinstance(stage, JudgedStage):
+            judge = self._config.required_judge
+            rate, size = judge.max_abstention_rate, judge.abstention_window
+        elif isinstance(stage, SparseRlStage):
+            rate, size = stage.max_abstention_rate, len(judgements)
+        else:
+            return  # self-distillation learns without grades
         window = self._windows.setdefault(stage.name, AbstentionWindow(rate, size))
         window.add(judgements, f"stage {stage.name}, step {step}")
 

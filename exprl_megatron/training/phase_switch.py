@@ -14,6 +14,7 @@ from exprl_megatron.errors import RunStopped
 from exprl_megatron.policy.offload import TRAINING, Offload
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.serving.server_pool import ServerPool
+from exprl_megatron.utils.required import required
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.sync import WeightSync
 
@@ -83,7 +84,7 @@ class PhaseSwitch:
         return stats
 
     def _wake(self, tag: str) -> None:
-        self._coordinator.broadcast_run(lambda: self._pool.wake(tag))
+        self._coordinator.broadcast_run(lambda: required(self._pool, "the pool of servers").wake(tag))
 
     def _note(self, phase: str, asleep: int) -> None:
         """Record the device's memory at the start of `phase`; `asleep` is the memory of the sleeping side in bytes."""

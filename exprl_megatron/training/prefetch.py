@@ -15,6 +15,7 @@ from typing import NamedTuple
 from exprl_megatron.config.stages import RlStage
 from exprl_megatron.runs.journal import SampledStep
 from exprl_megatron.training.rollouts import Rollouts
+from exprl_megatron.utils.required import required
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 
 
@@ -97,7 +98,9 @@ class RolloutPrefetch:
             RunStopped: see Rollouts.collect.
         """
         in_flight = self._in_flight.pop(step, None)
-        return self._rollouts.read_logged(stage, step) if in_flight is None else in_flight.sampled.result()
+        if in_flight is not None:
+            return in_flight.sampled.result()
+        return required(self._rollouts.read_logged(stage, step), f"step {step} of {stage.name} in the rollout log")
 
     def _allow_version(self, version: str) -> bool:
         """Allow tokens of `version` in the steps in flight; returns whether any of these steps is unfinished."""

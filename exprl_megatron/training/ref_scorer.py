@@ -62,7 +62,9 @@ class RefScorer:
         await self._client.__aenter__()
         await wait_ready(self._client, self._start_deadline_s)
 
-    async def _score(self, sample: TrainSample) -> np.ndarray:
+    async def _score(self, sample: SampleOrOutline) -> np.ndarray:
+        if not isinstance(sample, TrainSample):
+            raise TypeError("rank 0 scores complete samples, and this is an outline")
         scores = await self._client.score(sample.token_ids, sample.prompt_tokens)
         if scores.weight_version != self._version:
             raise ServerError(

@@ -74,7 +74,7 @@ class RunLogger:
     def closing(self, evaluations: Evaluations, asserted: AssertionCounts) -> None:
         """Print the table of all evaluations, the paths of all outputs, and the counts of `debug.assertions`."""
         if evaluations:
-            settings = self._config.evaluation
+            settings = self._config.required_evaluation
             self._terminal.print(evaluation_table(evaluations, settings.k, "held-out problems", settings.confidence))
         paths = self._paths
         for stage, phases in stage_phases(read_timeline(paths.timeline)).items():

@@ -154,6 +154,10 @@ def _segment_statistics(samples: list[GradedTrace]) -> dict[str, float]:
 
 def _agreement(samples: list[GradedTrace]) -> dict[str, float]:
     """Compute the AUROC of the judge's scores for the verifier's results; {} where all are right or all wrong."""
-    verified = [sample for sample in samples if isinstance(sample.verified, Scored) and sample.score is not None]
-    scores, right = [sample.score for sample in verified], [sample.verified.value == 1.0 for sample in verified]
+    pairs = [
+        (sample.score, sample.verified.value == 1.0)
+        for sample in samples
+        if isinstance(sample.verified, Scored) and sample.score is not None
+    ]
+    scores, right = [score for score, _ in pairs], [is_right for _, is_right in pairs]
     return {"judge/auroc": auroc(scores, right)} if any(right) and not all(right) else {}

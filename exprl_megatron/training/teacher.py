@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.problems import PromptConfig
 from exprl_megatron.errors import UserError
@@ -15,11 +17,18 @@ from exprl_megatron.problems.needs import MAX_SHOWN_IDS, unmet_needs
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import chat_token_ids
 from exprl_megatron.rollout.group import Group
+from exprl_megatron.utils.array_fields import read_only
+from exprl_megatron.utils.required import required
 
 
 def teacher_token_ids(tokenizer: Any, config: PromptConfig, problem: Problem) -> tuple[int, ...]:
-    """Build the teacher's prompt: `config.user` with {problem} and {reference} filled in, then the assistant's turn."""
-    texts = {"{problem}": problem.statement, "{reference}": problem.reference.for_training()}
+    """Build the teacher's prompt: `config.user` with {problem} and {reference} filled in, then the assistant's turn.
+
+    Raises:
+        RuntimeError: the problem has no reference.
+    """
+    reference = required(problem.reference, f"the reference of problem {problem.id!r}")
+    texts = {"{problem}": problem.statement, "{reference}": reference.for_training()}
     # In one pass, so that a placeholder within a problem or a reference stays as it is.
     user = re.sub(r"\{problem\}|\{reference\}", lambda found: texts[found.group()], config.user)
     return chat_token_ids(tokenizer, config, user)
@@ -69,5 +78,5 @@ def student_and_teacher(
                     place=(number, trace.sample),
                 )
             )
-            teachers.append(TrainSample(prompts[group.problem_id], trace.token_ids))
+            teachers.append(TrainSample(read_only(prompts[group.problem_id], np.int32), trace.token_ids))
     return students, teachers

@@ -3,13 +3,14 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import chain, pairwise
+from typing import Literal
 
 import numpy as np
 import torch
 
 from exprl_megatron.algorithms.advantages import advantage_fn, group_normalized
 from exprl_megatron.algorithms.batch import TrainSample
-from exprl_megatron.algorithms.process import SegmentedTrace, process_credits
+from exprl_megatron.algorithms.process import SegmentedTrace, SegmentEstimator, process_credits
 from exprl_megatron.config.stages import ExprlOutcomeStage, ExprlProcessStage, SparseRlStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Scored
@@ -63,7 +64,7 @@ def token_advantages(stage: GradedStage, groups: list[Group]) -> list[list[Token
     _check_terms(stage, groups)
     if not isinstance(stage, ExprlProcessStage):
         return _trace_advantages(stage, groups)
-    routed: dict[str, list[int]] = defaultdict(list)
+    routed: dict[SegmentEstimator | Literal["outcome"], list[int]] = defaultdict(list)
     for index, group in enumerate(groups):
         routed[stage.route(group.domain).estimator].append(index)
     found: dict[int, list[TokenAdvantages]] = {}
@@ -94,9 +95,9 @@ def _listed(terms: Sequence[tuple[str, float]]) -> str:
 
 def _trace_advantages(stage: ExprlOutcomeStage | SparseRlStage, groups: list[Group]) -> list[list[TokenAdvantages]]:
     scores, valid = _scores(groups, stage.overlong)
-    if stage.soft_overlong is not None:
-        punishments = torch.stack([overlong_penalties(stage, group.samples) for group in groups])
-        scores = torch.where(valid, scores + punishments, scores)
+    penalties = [each for group in groups if (each := overlong_penalties(stage, group.samples)) is not None]
+    if penalties:
+        scores = torch.where(valid, scores + torch.stack(penalties), scores)
     counted = valid
     if isinstance(stage, ExprlOutcomeStage) and stage.variant == "code":
         # In the released code an abstention's reward 0 is part of mean and std.
@@ -121,12 +122,14 @@ def _routed_outcome(stage: ExprlProcessStage, groups: list[Group]) -> list[list[
     ]
 
 
-def _segment_advantages(stage: ExprlProcessStage, name: str, groups: list[Group]) -> list[list[TokenAdvantages]]:
+def _segment_advantages(
+    stage: ExprlProcessStage, name: SegmentEstimator, groups: list[Group]
+) -> list[list[TokenAdvantages]]:
     traces = [[_segmented(sample) for sample in group.samples] for group in groups]
     credits = process_credits(traces, name, stage.variant, stage.overlong, stage.sampling.max_new_tokens)
     return [
         [
-            np.repeat(np.float32(credit.advantages), trace.lengths) if credit.in_loss else None
+            np.repeat(np.asarray(credit.advantages, np.float32), trace.lengths) if credit.in_loss else None
             for credit, trace in zip(of_group, group, strict=True)
         ]
         for of_group, group in zip(credits, traces, strict=True)

@@ -120,7 +120,7 @@ class BroadcastTransport:
     def _failure(self, sending: Future[float] | None) -> BaseException | None:
         """Wait for a broadcast up to the deadline and return its exception, if any."""
         try:
-            return sending and sending.exception(self._deadline_s)
+            return None if sending is None else sending.exception(self._deadline_s)
         except TimeoutError as error:
             return error
 

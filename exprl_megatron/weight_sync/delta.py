@@ -14,17 +14,18 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 from exprl_megatron.errors import ServerError
 from exprl_megatron.processes.supervise import supervised_command
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.utils.required import required
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.base_snapshot import VERSION, BaseSnapshot, DeltaWriter
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.delta_agent import FULL, REQUEST, answer_path, write_whole
 from exprl_megatron.weight_sync.disk import FileTransport, SafetensorsFiles, copy_description
-from exprl_megatron.weight_sync.groups import is_local_host
+from exprl_megatron.weight_sync.groups import host_of, is_local_host
 from exprl_megatron.weight_sync.rounds import send_rounds
 from exprl_megatron.weight_sync.timing import SyncTimes
 from exprl_megatron.weight_sync.weight_exporter import FilledBucket, WeightExporter
@@ -111,9 +112,9 @@ class DeltaTransport(FileTransport):
             return FULL, FULL
         writer = DeltaWriter(BaseSnapshot(full), self._directory / f"{version}.delta", version)
 
-        async def add(number: int, filled: FilledBucket) -> None:
+        async def add(number: int, filled: FilledBucket | None) -> None:
             started = time.monotonic()
-            await asyncio.to_thread(writer.add, filled.named())
+            await asyncio.to_thread(writer.add, required(filled, "the message of a round").named())
             times.send_s += time.monotonic() - started
 
         await send_rounds(count, self._coordinator, exporter.gather, add)
@@ -125,7 +126,7 @@ class DeltaTransport(FileTransport):
         path = answer_path(self._directory, _host(client))
         deadline = time.monotonic() + self._deadline_s
         while True:
-            answer = json.loads(path.read_text()) if path.is_file() else {"id": None}
+            answer: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"id": None}
             if answer["id"] == self._request_id:
                 break
             if time.monotonic() > deadline:
@@ -141,4 +142,4 @@ class DeltaTransport(FileTransport):
 
 
 def _host(client: SGLangClient) -> str:
-    return urlsplit(client.url).hostname
+    return host_of(client.url)

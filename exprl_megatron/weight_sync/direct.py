@@ -11,7 +11,6 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ from exprl_megatron.serving.transfer_tables import pack_transfers, unpack_needs
 from exprl_megatron.utils.accelerator import group_backend
 from exprl_megatron.utils.authentication import NotAuthentic
 from exprl_megatron.utils.keyed_store import Records
+from exprl_megatron.utils.required import required
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.groups import (
@@ -34,6 +34,7 @@ from exprl_megatron.weight_sync.groups import (
     address_towards,
     follow_destroy,
     group_name,
+    host_of,
     init_group,
     rendezvous_store,
     timeout_s,
@@ -182,7 +183,7 @@ class DirectTransport:
                     f"{client.name} ({client.url}) was started without --custom-weight-loader {LOADER}, which "
                     f"sync.transport direct needs; start it with exprl serve, or use broadcast."
                 )
-        address = address_towards(urlsplit(self._clients[0].url).hostname)
+        address = address_towards(host_of(self._clients[0].url))
         self._store = Records(rendezvous_store(address, self._deadline_s), secrets.token_hex(16), RECORDS)
         gatherer = exporter.gatherer
         word = _dtype_name(gatherer.dtype)
@@ -203,13 +204,14 @@ class DirectTransport:
 
     def _reported(self, shapes: dict[str, Shape]) -> tuple[list[bytes], list[list[int]]]:
         """Return the distinct tables of slices that server ranks need, and the index of each server rank's table."""
+        store = required(self._store, "the store of the group")
         numbers: dict[bytes, int] = {}
         alike: list[list[int]] = []
         for server, client in enumerate(self._clients):
             alike.append([])
             for rank in self._ranks(server):
                 try:
-                    packed = self._store.get(f"needs/{rank}")
+                    packed = store.get(f"needs/{rank}")
                     if packed not in numbers:
                         unpack_needs(packed, shapes)
                 except ValueError as error:
@@ -285,15 +287,15 @@ class DirectTransport:
         await gather_or_cancel(self._command_one(what, server, version) for server in range(len(self._clients)))
 
     async def _command_one(self, what: str, server: int, version: str | None) -> None:
-        client = self._clients[server]
+        client, store = self._clients[server], required(self._store, "the store of the group")
         command = {
             "do": what,
             "answer": f"answer {self._commands}",
             "group": self._name,
-            "secret": self._store.key,
+            "secret": store.key,
             "backend": group_backend(),
-            "address": self._store.host,
-            "port": self._store.port,
+            "address": store.host,
+            "port": store.port,
             "world_size": self._size,
             "deadline_s": self._deadline_s,
             "timeout_s": timeout_s(self._deadline_s),
@@ -345,7 +347,8 @@ class DirectTransport:
 
     def _begin_to_send(self, exporter: WeightExporter) -> Future[None]:
         """Start this rank's part of a sync, on a thread."""
-        return self._sending.begin(exporter.gatherer, self._group)
+        sender = required(self._sending, "the plan of transfers")
+        return sender.begin(exporter.gatherer, required(self._group, "the group of ranks and servers"))
 
 
 def _publish(plan: TransferPlan, store: Records) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from exprl_megatron.models.weight_readers import INDEX
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.utils.required import required
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.coordinator import RANK_ZERO, RankCoordinator
 from exprl_megatron.weight_sync.rounds import send_rounds
@@ -105,9 +106,9 @@ class SafetensorsFiles:
         self._weight_map: dict[str, str] = {}
         self._size = 0
 
-    async def add(self, number: int, filled: FilledBucket) -> None:
+    async def add(self, number: int, gathered: FilledBucket | None) -> None:
         """Write a round's file, on a thread."""
-        started = time.monotonic()
+        started, filled = time.monotonic(), required(gathered, "the message of a round")
         name = f"model-{number + 1:05d}.safetensors"
         await asyncio.to_thread(save_file, dict(filled.named()), self._target / name, metadata={"format": "pt"})
         self._weight_map |= {slot.name: name for slot in filled.message.slots}

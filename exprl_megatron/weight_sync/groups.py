@@ -5,6 +5,7 @@ import time
 import uuid
 from contextlib import suppress
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from exprl_megatron.serving.process_groups import abort, on_device, start_destro
 from exprl_megatron.utils.accelerator import group_backend
 from exprl_megatron.utils.authentication import hidden_name
 from exprl_megatron.utils.keyed_store import connect_store, start_store
+from exprl_megatron.utils.required import required
 from exprl_megatron.weight_sync.coordinator import RankCoordinator, RankZeroFailed
 
 _POLL_S = 0.001
@@ -30,6 +32,15 @@ def address_towards(host: str) -> str:
         # Nothing is sent: connecting a datagram socket only selects the interface.
         probe.connect((socket.gethostbyname(host), 9))
         return probe.getsockname()[0]
+
+
+def host_of(url: str) -> str:
+    """Return the host in a server's URL.
+
+    Raises:
+        RuntimeError: it has none.
+    """
+    return required(urlsplit(url).hostname, f"a host in {url}")
 
 
 def is_local_host(host: str) -> bool:
@@ -86,7 +97,7 @@ def broadcast(group: dist.ProcessGroup, tensor: torch.Tensor) -> float:
         RuntimeError: a connection breaks, or the group is aborted.
     """
     with on_device(tensor.device):
-        work = dist.broadcast(tensor, group=group, group_src=0, async_op=True)
+        work = required(dist.broadcast(tensor, group=group, group_src=0, async_op=True), "an asynchronous broadcast")
         # On CUDA, `wait` only orders the streams.
         while not work.is_completed():
             time.sleep(_POLL_S)
@@ -106,7 +117,7 @@ def follow_destroy(group: dist.ProcessGroup | None, coordinator: RankCoordinator
         if group is not None:
             abort(group)
         return
-    if group is not None:
+    if group is not None and destroying is not None:
         wait_destroyed(group, destroying, deadline_s)
 
 
@@ -126,4 +137,5 @@ def _close_connections(group: dist.ProcessGroup, rank: int, world_size: int) -> 
     for peer in range(world_size):
         if peer != rank:
             with suppress(RuntimeError):
-                dist.irecv(torch.zeros(1), group=group, group_src=peer).wait(timedelta(milliseconds=1))
+                receiving = required(dist.irecv(torch.zeros(1), group=group, group_src=peer), "a receive")
+                receiving.wait(timedelta(milliseconds=1))

@@ -13,7 +13,6 @@ from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
-from urllib.parse import urlsplit
 
 import torch
 import torch.multiprocessing
@@ -21,9 +20,10 @@ import torch.multiprocessing
 from exprl_megatron.errors import UserError
 from exprl_megatron.policy.world import World, local_rank
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.utils.required import required
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
-from exprl_megatron.weight_sync.groups import is_local_host
+from exprl_megatron.weight_sync.groups import host_of, is_local_host
 from exprl_megatron.weight_sync.rounds import push_rounds
 from exprl_megatron.weight_sync.timing import SyncTimes
 from exprl_megatron.weight_sync.weight_exporter import FilledBucket, WeightExporter
@@ -77,8 +77,8 @@ class HandlesTransport:
         """
         count = len(exporter.rounds)
 
-        async def send(number: int, payloads: Payloads) -> None:
-            started = time.monotonic()
+        async def send(number: int, gathered: Payloads | None) -> None:
+            started, payloads = time.monotonic(), required(gathered, "the handles of a round")
             final = number == count - 1
             await gather_or_cancel(
                 client.update_from_tensor(
@@ -140,12 +140,12 @@ class HandlesTransport:
         collective.
         """
         if self._coordinator.is_rank0:
-            places = [(urlsplit(client.url).hostname, client.first_gpu) for client in self._clients]
+            places = [(host_of(client.url), client.first_gpu) for client in self._clients]
             self._coordinator.signal(places)
         else:
             places = self._coordinator.wait_signal()
         seen = self._coordinator.collect(({host for host, _ in places if is_local_host(host)}, local_rank()))
-        if not self._coordinator.is_rank0:
+        if seen is None:
             return self._coordinator.wait_signal()
         with self._coordinator.abort_on_error():
             sources = [

@@ -14,7 +14,7 @@ import numpy as np
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.shards import ITEMSIZE
-from exprl_megatron.serving.transfer_tables import MESSAGE, RECTANGLE, RankTransfers, areas
+from exprl_megatron.serving.transfer_tables import MESSAGE, RECTANGLE, RankTransfers, areas, column_names
 from exprl_megatron.weight_sync.shard_table import ShardTable
 
 _SMALL_BYTES = 2**16
@@ -71,7 +71,7 @@ class TransferPlan:
         self._itemsize = ITEMSIZE[dtype]
         distinct = {id(rank): rank for server in needs for rank in server}
         sources = {key: shard_sources(rank, held) for key, rank in distinct.items()}
-        self._targets = {}
+        self._targets: dict[int, tuple[int, ShardSources]] = {}
         """For each server rank, its server and the sources of its slices."""
         for server, ranks in enumerate(needs):
             for rank in ranks:
@@ -189,7 +189,7 @@ def _overlap(need: np.ndarray, shard: np.ndarray, start: str, size: str) -> tupl
 
 def _rectangles(*columns: np.ndarray) -> np.ndarray:
     made = np.empty(len(columns[0]), dtype=RECTANGLE)
-    for field, column in zip(RECTANGLE.names, columns, strict=True):
+    for field, column in zip(column_names(RECTANGLE), columns, strict=True):
         made[field] = column
     return made
 

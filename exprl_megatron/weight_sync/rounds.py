@@ -44,7 +44,8 @@ async def send_rounds[T](count: int, coordinator: RankCoordinator, gather: Gathe
             if sending is not None:
                 await sending
             sending = asyncio.create_task(send(number, gathered))
-        await sending
+        if sending is not None:
+            await sending
     finally:
         if sending is not None:
             sending.cancel()

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
-from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
@@ -34,8 +33,9 @@ from exprl_megatron.serving.transfer_tables import RECTANGLE, Slice
 from exprl_megatron.serving.weight_layout import PLUS_ONE, ServerParameters, served_dtype, server_parameters
 from exprl_megatron.utils.authentication import NotAuthentic
 from exprl_megatron.utils.keyed_store import Records
+from exprl_megatron.utils.required import required
 from exprl_megatron.utils.together import gather_or_cancel
-from exprl_megatron.weight_sync.groups import address_towards, rendezvous_store
+from exprl_megatron.weight_sync.groups import address_towards, host_of, rendezvous_store
 from exprl_megatron.weight_sync.p2p_schedule import shard_sources
 from exprl_megatron.weight_sync.shard_table import ShardTable, shard_table
 
@@ -131,7 +131,7 @@ def as_checksums(plan: ChecksumPlan, sums: Sequence[np.ndarray]) -> list[dict[st
 
     Returns, for each rank of a server, the checksums that `model_checksums.checksums` should find.
     """
-    total = iter(np.sum(np.stack(sums), axis=0, dtype=np.uint64).tolist())
+    total = map(int, np.stack(sums).sum(axis=0, dtype=np.uint64))
     return [{name: to_hex(next(total)) for name in server.shapes} for server in plan.servers]
 
 
@@ -168,34 +168,38 @@ class ShardChecksums:
         """Return the checksums that each rank of a server should have, from all ranks' sums, uint64 [count] each; rank
         0 only.
         """
-        return as_checksums(self._planning.result(), sums)
+        return as_checksums(self._plan(), sums)
 
     async def held(self, clients: Sequence[SGLangClient], dtype: torch.dtype) -> list[tuple[dict[str, str], ...]]:
         """Return the checksums of each rank of each server; rank 0 only, after `begin`.
 
         Raises ServerError where one cannot say.
         """
-        if self._store is None:
-            place = rendezvous_store(address_towards(urlsplit(clients[0].url).hostname), self._deadline_s)
-            self._store = Records(place, secrets.token_hex(16), RECORDS)
-            await asyncio.to_thread(self._publish, str(dtype).removeprefix("torch."))
-        return await gather_or_cancel(self._ask(client) for client in clients)
+        store = self._store
+        if store is None:
+            place = rendezvous_store(address_towards(host_of(clients[0].url)), self._deadline_s)
+            store = self._store = Records(place, secrets.token_hex(16), RECORDS)
+            await asyncio.to_thread(self._publish, store, str(dtype).removeprefix("torch."))
+        return await gather_or_cancel(self._ask(client, store) for client in clients)
 
-    def _publish(self, dtype: str) -> None:
-        plan = self._planning.result()
+    def _plan(self) -> ChecksumPlan:
+        return required(self._planning, "the plan that begin makes").result()
+
+    def _publish(self, store: Records, dtype: str) -> None:
+        plan = self._plan()
         for server, parts in zip(plan.servers, plan.parts, strict=True):
             dtypes = [served_dtype(name, dtype, plan.sigmoid_router) for name in server.shapes]
             packed = pack_expected(server.shapes, dtypes, parts)
             self._expected.append(f"expected {xxhash.xxh3_128_hexdigest(packed)}")
-            self._store.set(self._expected[-1], packed)
+            store.set(self._expected[-1], packed)
 
-    async def _ask(self, client: SGLangClient) -> tuple[dict[str, str], ...]:
+    async def _ask(self, client: SGLangClient, store: Records) -> tuple[dict[str, str], ...]:
         answers = [f"checksums {uuid.uuid4().hex}" for _ in range(self._server_tp)]
         common = {
             "do": "checksums",
-            "address": self._store.host,
-            "port": self._store.port,
-            "secret": self._store.key,
+            "address": store.host,
+            "port": store.port,
+            "secret": store.key,
             "deadline_s": self._deadline_s,
         }
         commands = [
@@ -207,16 +211,16 @@ class ShardChecksums:
             commands, version=None, flush_cache=False, loader=LOADER, deadline_s=self._deadline_s
         )
         await client.end_weight_update(deadline_s=self._deadline_s)
-        return tuple(self._reported(client, answer) for answer in answers)
+        return tuple(self._reported(client, store, answer) for answer in answers)
 
-    def _reported(self, client: SGLangClient, answer: str) -> dict[str, str]:
+    def _reported(self, client: SGLangClient, store: Records, answer: str) -> dict[str, str]:
         said = "it did not answer"
-        if self._store.check([answer]):
+        if store.check([answer]):
             try:
-                report = msgspec.msgpack.decode(self._store.get(answer), type=Report)
+                report = msgspec.msgpack.decode(store.get(answer), type=Report)
             except (msgspec.MsgspecError, NotAuthentic) as error:
                 report = Report(error=f"its answer cannot be read ({error})")
-            self._store.delete(answer)
+            store.delete(answer)
             if not report.error:
                 return report.checksums
             said = report.error
@@ -224,7 +228,7 @@ class ShardChecksums:
 
 
 def _own_parts(plan: ChecksumPlan, gatherer: Gatherer) -> Iterator[tuple[Slice, torch.Tensor]]:
-    number, grid = -1, None
+    number, grid = -1, torch.empty(0)
     adds_one = plan.adds_one[plan.numbers].tolist()
     for place, source, plus_one in zip(plan.places.tolist(), plan.sources.tolist(), adds_one, strict=True):
         if source[0] != number:

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 from exprl_megatron.config.serving import SyncConfig
@@ -9,6 +10,7 @@ from exprl_megatron.errors import ServerError, WeightsDiffer
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.loader_commands import LOADER
+from exprl_megatron.utils.required import required
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.coordinator import RankCoordinator, RankZeroFailed
 from exprl_megatron.weight_sync.shard_checksums import ShardChecksums
@@ -73,7 +75,7 @@ class WeightSync:
             if to_do == "connect":
                 self._connect_transport()
             times, error = self._attempt(version)
-            if self._coordinator.broadcast_run(lambda e=error: self._finish(version, e)):
+            if self._coordinator.broadcast_run(partial(self._finish, version, error)):
                 return times.metrics() if self._coordinator.is_rank0 else {}
         return {}
 
@@ -101,7 +103,7 @@ class WeightSync:
             source_ranks=self._transport.source_ranks,
             fp8=config.fp8,
             allocate=self._transport.allocate,
-            check=check and check.bucket_check,
+            check=None if check is None else check.bucket_check,
         )
 
     async def _prepare(self, version: str) -> str:
@@ -169,7 +171,12 @@ class WeightSync:
         gathering, quantizing, parts = zip(*found, strict=True)
         times.gather_s, times.quantize_s = max(gathering), max(quantizing)
         if check is not None:
-            compare(self._targets.clients, asking.result(), check.expected(parts), version)
+            compare(
+                self._targets.clients,
+                required(asking, "the servers' checksums").result(),
+                check.expected(parts),
+                version,
+            )
         times.check_s = time.monotonic() - pushed
 
     def _servers_have_loader(self) -> bool:

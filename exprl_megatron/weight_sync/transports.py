@@ -15,8 +15,12 @@ from exprl_megatron.weight_sync.disk import DiskTransport
 from exprl_megatron.weight_sync.handles import HandlesTransport
 from exprl_megatron.weight_sync.transport import Transport
 
-_BY_FILES = {"disk": DiskTransport, "delta": DeltaTransport}
-_BY_MEMORY = {"broadcast": BroadcastTransport, "direct": DirectTransport, "handles": HandlesTransport}
+_BY_FILES: dict[str, type[DiskTransport] | type[DeltaTransport]] = {"disk": DiskTransport, "delta": DeltaTransport}
+_BY_MEMORY: dict[str, type[BroadcastTransport] | type[DirectTransport] | type[HandlesTransport]] = {
+    "broadcast": BroadcastTransport,
+    "direct": DirectTransport,
+    "handles": HandlesTransport,
+}
 
 
 def make_transport(

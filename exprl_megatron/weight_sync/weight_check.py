@@ -15,6 +15,7 @@ from exprl_megatron.models.name_map import Bucket
 from exprl_megatron.serving.checksums import ServerChecksums, differing
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.accelerator import uses_cuda
+from exprl_megatron.utils.required import required
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.shard_checksums import ShardChecksums
 from exprl_megatron.weight_sync.weight_exporter import BucketCheck, WeightExporter
@@ -26,8 +27,9 @@ RankChecksums = Sequence[Mapping[str, str]]
 class WeightCheck(Protocol):
     """One sync's check. Every rank makes one before the push."""
 
-    bucket_check: BucketCheck | None
-    """What WeightExporter calls for every message."""
+    @property
+    def bucket_check(self) -> BucketCheck | None:
+        """What WeightExporter calls for every message."""
 
     def begin(self, exporter: WeightExporter) -> None:
         """Prepare the check; called before the push."""
@@ -38,7 +40,7 @@ class WeightCheck(Protocol):
     def expected(self, parts: Sequence[Any]) -> RankChecksums:
         """Return the checksums that each server's ranks should have, from all ranks' parts; rank 0 only."""
 
-    async def held(self, clients: Sequence[SGLangClient]) -> list[RankChecksums]:
+    async def held(self, clients: Sequence[SGLangClient]) -> Sequence[RankChecksums]:
         """Return the checksums of each server's ranks; rank 0 only, after the push."""
 
     def end(self) -> None:
@@ -62,7 +64,7 @@ class ShardCheck:
 
     def own(self, exporter: WeightExporter) -> np.ndarray:
         """Return this rank's sums, uint64 [count]; waits for the hashing that `begin` started."""
-        return self._hashing.result()
+        return required(self._hashing, "the hashing that begin starts").result()
 
     def expected(self, parts: Sequence[np.ndarray]) -> RankChecksums:
         """Return the checksums that each server's ranks should have, from all ranks' sums, uint64 [count] each; rank 0
@@ -70,9 +72,9 @@ class ShardCheck:
         """
         return self._shards.expected(parts)
 
-    async def held(self, clients: Sequence[SGLangClient]) -> list[RankChecksums]:
+    async def held(self, clients: Sequence[SGLangClient]) -> Sequence[RankChecksums]:
         """Return the checksums of each server's ranks, after the push; rank 0 only."""
-        return await self._shards.held(clients, self._dtype)
+        return await self._shards.held(clients, required(self._dtype, "the dtype that begin reads"))
 
     def end(self) -> None:
         """Return when nothing reads the weights any more."""
@@ -113,7 +115,7 @@ class WholeCheck:
         """Return the checksums that each server's ranks should have, from all ranks' parts; rank 0 only."""
         return [dict(ChainMap(*ranks)) for ranks in zip(*parts, strict=True)]
 
-    async def held(self, clients: Sequence[SGLangClient]) -> list[RankChecksums]:
+    async def held(self, clients: Sequence[SGLangClient]) -> Sequence[RankChecksums]:
         """Return the checksums of each server's ranks, after the push; rank 0 only."""
         return await held_checksums(clients, self._deadline_s)
 

@@ -15,6 +15,7 @@ from exprl_megatron.models.name_map import Bucket, Parameter
 from exprl_megatron.models.shards import sender
 from exprl_megatron.policy.gather import Gatherer
 from exprl_megatron.policy.world import World
+from exprl_megatron.utils.required import required
 from exprl_megatron.weight_sync.messages import Message, TensorSlot, rounds, smallest_message, stage_messages
 
 BucketCheck = Callable[[Bucket], None]
@@ -71,7 +72,7 @@ class WeightExporter:
         if fp8:
             table = [parameter for messages in staged for message in messages for parameter in message.parameters]
             blocks.check_quantizable(table, self.gatherer.shapes, architecture)
-        one_by_one = [(message,) for messages in staged for message in messages]
+        one_by_one: list[tuple[Message, ...]] = [(message,) for messages in staged for message in messages]
         self.rounds: list[tuple[Message, ...]] = rounds(staged) if source_ranks is None else one_by_one
         """The messages that are filled, and may be sent, at the same time."""
         self.smallest_messages = [smallest_message(messages, self.gatherer.shapes, dtype, fp8) for messages in staged]
@@ -154,23 +155,24 @@ class WeightExporter:
                 if self._world.rank in (first, *others):
                     filled = FilledBucket(message, self._buffer(number)[: message.nbytes])
                 if self._world.rank == first:
-                    self._fill(filled)
+                    self._fill(required(filled, "the message that this rank fills"))
                 else:
                     for parameter in message.parameters:
                         self.gatherer.collect(parameter, first, None)
             for chain in self.source_ranks(message):
                 if self._world.rank in chain:
-                    forward_along(filled.data, chain, self._world.rank)
+                    forward_along(required(filled, "the message of this rank").data, chain, self._world.rank)
         return filled
 
     def _buffer(self, number: int) -> torch.Tensor:
         """Return the buffer for round `number`, after its previous reader is done."""
         mine = [m.nbytes for messages in self.rounds for m in messages if self._fills(m)]
-        if self._buffers[number % 2] is None:
-            self._buffers[number % 2] = self._allocate(max(mine))
+        buffer = self._buffers[number % 2]
+        if buffer is None:
+            buffer = self._buffers[number % 2] = self._allocate(max(mine))
         for check in self._checks[:-1]:
             check.result()
-        return self._buffers[number % 2]
+        return buffer
 
     def _fills(self, message: Message) -> bool:
         return any(self._world.rank in chain for chain in self.source_ranks(message))

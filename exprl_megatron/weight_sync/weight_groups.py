@@ -11,7 +11,6 @@ from collections.abc import Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
@@ -21,6 +20,7 @@ from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.process_groups import GroupThread, abort, destroy, in_background
 from exprl_megatron.utils.accelerator import group_backend
+from exprl_megatron.utils.required import required
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.groups import (
@@ -29,6 +29,7 @@ from exprl_megatron.weight_sync.groups import (
     broadcast,
     follow_destroy,
     group_name,
+    host_of,
     init_group,
     rendezvous_store,
 )
@@ -75,11 +76,12 @@ class WeightGroups:
         self.names = [f"{name}-{stage}" for stage in range(self._world.layout.pp)]
         self._left = [(client, name) for name in self.names for client in clients]
         self._size = 1 + self._server_tp * len(clients)
-        host = urlsplit(clients[0].url).hostname
+        host = host_of(clients[0].url)
         place = self._open_store(host)
         self._coordinator.signal((self.names, host, self._size))
-        places = [place for place in self._coordinator.collect(place) if place is not None]
-        meeting = asyncio.wrap_future(self._init_group(self.names[0], place))
+        collected = required(self._coordinator.collect(place), "the places of all senders")
+        places = [each for each in collected if each is not None]
+        meeting = asyncio.wrap_future(self._init_group(self.names[0], required(place, "the store of rank 0")))
         joining = {
             client: self._join_server(client, 1 + i * self._server_tp, places) for i, client in enumerate(clients)
         }
@@ -112,8 +114,8 @@ class WeightGroups:
 
     def send(self, filled: FilledBucket) -> Future[float]:
         """Start to broadcast this rank's message in its group; the future has the time when it was sent."""
-        group = self._group
-        return self._thread.submit(lambda: broadcast(group, filled.data))
+        group = required(self._group, "the group of this rank")
+        return required(self._thread, "the thread of the group").submit(lambda: broadcast(group, filled.data))
 
     async def ask(self, client: SGLangClient, messages: Sequence[Message], version: str | None) -> None:
         """Make one server receive `messages`, in this order; the last one sets its weight `version`, if given."""
@@ -143,7 +145,7 @@ class WeightGroups:
         if not self.names:
             return
         names, self._left = self.names, []
-        group = self._take_group()
+        group = required(self._take_group(), "the group of rank 0")
 
         async def leave(client: SGLangClient) -> None:
             for name in names:
@@ -170,7 +172,7 @@ class WeightGroups:
         """Take this rank's group, if it is a sender, to be destroyed; no group is open from now on."""
         group, self._group, self.names = self._group, None, []
         if group is not None:
-            self._thread.stop()
+            required(self._thread, "the thread of the group").stop()
         return group
 
     async def _wait_for_servers(
