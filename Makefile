@@ -65,7 +65,7 @@ lint: setup
 types: setup
 	.venv/bin/python tools/lint_types.py
 
-# Records the words and type errors that are left in each room, where their sums have not risen.
+# Records the words and type errors that are left in each package, where their sums have not risen.
 ratchet: setup
 	.venv/bin/python tools/lint_words.py --update
 	.venv/bin/python tools/lint_types.py --update

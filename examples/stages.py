@@ -30,12 +30,12 @@ class KeepSolvable(CustomStage):
         return ()
 
     def kept_problems(self) -> list[str]:
-        """The problems whose pass rate is within the bounds."""
+        """Return the problems whose pass rate is within the bounds."""
         rates = {problem: self.right[problem] / tried for problem, tried in self.tried.items() if tried}
         return [problem for problem, rate in rates.items() if self.low <= rate <= self.high]
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts."""
+        """Return the counts."""
         return {"right": dict(self.right), "tried": dict(self.tried)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

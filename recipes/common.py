@@ -50,7 +50,7 @@ Stage = Callable[[int], Placed]
 
 
 def pick(name: str, scales: Mapping[int, Scale], nodes: int) -> Scale:
-    """The scale for so many nodes; UserError where the recipe has none."""
+    """Return the scale for so many nodes; UserError where the recipe has none."""
     if nodes not in scales:
         known = ", ".join(map(str, sorted(scales)))
         raise UserError(
@@ -82,7 +82,8 @@ def at_scale(tree: dict, scale: Scale, directory: str, stage: Mapping[str, Any],
 
 
 def paper(name: str) -> dict:
-    """The paper's run of that name (configs/paper), in the form that this project recommends, not the released one.
+    """Return the paper's run of that name (configs/paper), in the form that this project recommends, not the released
+    one.
 
     Only the released loss depends on the tokens of a micro-batch. A recipe's has room for the longest trace, where the
     released size would need recomputation.
@@ -94,7 +95,7 @@ def paper(name: str) -> dict:
 
 
 def factories(name: str, nodes: int, prime: Stage, sparse: Stage, sft: Stage, self_distill: Stage) -> tuple:
-    """The factories `exprl`, `sparse_rl`, `sft`, `self_distill` and `exprl_then_sparse_rl` of the model `name`.
+    """Return the factories `exprl`, `sparse_rl`, `sft`, `self_distill` and `exprl_then_sparse_rl` of the model `name`.
 
     Each takes the number of nodes, by default `nodes`: `--factory "NAME(nodes=16)"`.
     """

@@ -92,7 +92,7 @@ def _check_tunnel(tunnel: run.LocalTunnel | run.SSHTunnel) -> None:
 def component_executors(
     executor: run.SlurmExecutor, parts: list[Component], nodes: Nodes, workdir: str, shipped: run.Packager
 ) -> list[run.SlurmExecutor]:
-    """A copy of `executor` for each component of a job, or one where all share the same nodes.
+    """Return a copy of `executor` for each component of a job, or one where all share the same nodes.
 
     `shipped` packs what the job finds in its directory; a container gets `workdir` mounted.
     """
@@ -122,7 +122,7 @@ def component_executors(
 
 
 def _mount(workdir: str, mounts: list[str]) -> list[str]:
-    """The mount of `workdir`, where none of `mounts` shows it already."""
+    """Return the mount of `workdir`, where none of `mounts` shows it already."""
     inside = [mount.split(":")[1] if ":" in mount else mount for mount in mounts]
     seen = any(workdir == path or workdir.startswith(path.rstrip("/") + "/") for path in inside)
     return [] if seen else [f"{workdir}:{workdir}"]

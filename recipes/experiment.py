@@ -97,7 +97,7 @@ def require_success(experiment: run.Experiment) -> None:
 
 
 def _filled(site: Site, executor: run.Executor) -> Site:
-    """The site with its directory, and checked as far as this machine knows."""
+    """Return the site with its directory, and checked as far as this machine knows."""
     remote = isinstance(executor, run.SlurmExecutor) and isinstance(executor.tunnel, run.SSHTunnel)
     if remote and not site.workdir:
         raise UserError("site.workdir is empty; set it to the directory of the checkout on the cluster.")
@@ -185,7 +185,7 @@ def _add_slurm(
 
 
 def _metadata(component: str, job: Job, site: Site) -> dict[str, str]:
-    """What `logs` reads again."""
+    """Return what `logs` reads again."""
     return {"component": component, "run": str(_run_directory(job, site))}
 
 

@@ -16,7 +16,7 @@ _LISTED = 5
 
 
 def find(name: str) -> run.Experiment:
-    """The experiment of that id, or the latest of that title; UserError where there is none."""
+    """Return the experiment of that id, or the latest of that title; UserError where there is none."""
     for look in (run.Experiment.from_id, run.Experiment.from_title):
         try:
             return look(name)
@@ -71,7 +71,7 @@ def cancel(name: str) -> None:
 
 
 def _tails(executor: run.Executor, directory: str, lines: int) -> str:
-    """The ends of a job's log files and of those in its run's directory, each under its name."""
+    """Return the ends of a job's log files and of those in its run's directory, each under its name."""
     if isinstance(executor, run.SlurmExecutor):
         jobs = f"{Path(executor.tunnel.job_dir) / Path(executor.job_dir).name}/log-*"
     else:

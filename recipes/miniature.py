@@ -13,7 +13,7 @@ NAME = "miniature"
 
 
 def placed(directory: str, tree: dict, nodes: int) -> Placed:
-    """The trainer on one node, the servers on another; or all on one."""
+    """Return the trainer on one node, the servers on another; or all on one."""
     return Placed(Nodes(trainer=1, policy=nodes - 1, gpus=0), changed(tree, directory=f"runs/{NAME}/{directory}"))
 
 

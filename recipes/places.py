@@ -68,7 +68,7 @@ class Component:
 
 
 def components(config: RunConfig, nodes: Nodes) -> list[Component]:
-    """The components of a job that runs `config`, the trainer first.
+    """Return the components of a job that runs `config`, the trainer first.
 
     Raises UserError with a sentence for every way in which they do not fit on `nodes`.
     """
@@ -87,7 +87,7 @@ def components(config: RunConfig, nodes: Nodes) -> list[Component]:
 
 
 def fewer_nodes(config: RunConfig, nodes: Nodes) -> tuple[Fewer, ...]:
-    """The smaller numbers of trainer nodes, down to nodes.trainer_least, that whole replicas of the model fill."""
+    """Return the numbers of trainer nodes, from nodes.trainer_least on, that whole replicas of the model fill."""
     layout = config.policy.layout
     if not nodes.trainer_least or layout.world_size % nodes.trainer:
         return ()
@@ -119,7 +119,7 @@ def check_path(what: str, path: str) -> None:
 
 
 def _wanted(config: RunConfig, nodes: Nodes) -> Iterator[tuple[str, int]]:
-    """Kinds of servers that the config wants, with their own nodes."""
+    """Yield kinds of servers that the config wants, with their own nodes."""
     if config.needs_sampling_servers:
         yield "policy", nodes.policy
     if config.has_ref_server:
@@ -140,7 +140,7 @@ def _needed(component: Component, config: RunConfig) -> int:
 
 
 def _on_devices(component: Component, all_components: list[Component], config: RunConfig) -> Component:
-    """The component with its share of the GPUs of nodes that others use too, in order."""
+    """Return the component with its share of the GPUs of nodes that others use too, in order."""
     sharing = [other for other in all_components if other.allocation == component.allocation]
     if len(sharing) == 1:
         return component

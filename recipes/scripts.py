@@ -41,7 +41,7 @@ class Place:
 
 
 def trainer(place: Place, component: Component, resume: bool) -> str:
-    """The trainer's share of a node, for as many as there are; the first one's verdict is the job's."""
+    """Return the trainer's share of a node, for as many as there are; the first one's verdict is the job's."""
     several = ""
     if component.nodes > 1:
         count = '"$nodes"' if component.fewer else component.nodes
@@ -64,7 +64,7 @@ def trainer(place: Place, component: Component, resume: bool) -> str:
 
 
 def servers(place: Place, component: Component) -> str:
-    """One kind of servers on a node, until the trainer has ended."""
+    """Return one kind of servers on a node, until the trainer has ended."""
     return _lines(
         *_beginning(place, component),
         f'exprl serve {_SHIPPED} --kind {component.kind} --nodes {component.nodes} --node-rank "$SLURM_NODEID"',
@@ -76,7 +76,7 @@ def servers(place: Place, component: Component) -> str:
 
 
 def local(place: Place, resume: bool, after: str | None) -> str:
-    """A whole run on this machine, once the stage `after` has succeeded in the same experiment."""
+    """Return a whole run on this machine, once the stage `after` has succeeded in the same experiment."""
     mark = "${0%/*}/succeeded"
     guard = []
     if after is not None:
@@ -100,7 +100,7 @@ def local(place: Place, resume: bool, after: str | None) -> str:
 
 
 def around(restarts: int) -> str:
-    """What the batch script does before it starts the components, of which the trainer is the first.
+    """Return what the batch script does before it starts the components, of which the trainer is the first.
 
     Slurm's signal ahead of the time limit (SIGUSR1) is forwarded to the trainer, which writes a checkpoint and ends
     with status 75; the job is then queued again, `restarts` times at most, and resumes.
@@ -145,7 +145,7 @@ def _fewer(component: Component) -> list[str]:
 
 
 def _resume(when: str) -> list[str]:
-    """The array `resume`: the flag where the test `when` holds."""
+    """Return the array `resume`: the flag where the test `when` holds."""
     return ["resume=()", f"if {when}; then resume=(--resume); fi"]
 
 

@@ -70,7 +70,7 @@ def _end(text: str, status: int) -> None:
 
 
 def sentence(error: Exception, arguments: Sequence[str] = ()) -> str:
-    """What was wrong with the command's `arguments`, in one sentence; a UserError's own words as they are."""
+    """Return what was wrong with the command's `arguments`, in one sentence; a UserError's own words as they are."""
     if isinstance(error, UserError):
         return str(error)
     text = str(error)
@@ -88,7 +88,7 @@ def sentence(error: Exception, arguments: Sequence[str] = ()) -> str:
 
 
 def _invalid_key(name: str, arguments: Sequence[str]) -> str | None:
-    """What is wrong with the argument that has `name` in its key; None where there is no such argument."""
+    """Return what is wrong with the argument that has `name` in its key; None where there is no such argument."""
     for argument in arguments:
         parts = [part for part in re.split(r"[.\[\]]", argument.partition("=")[0]) if part]
         if "=" not in argument or name not in parts:
@@ -104,7 +104,9 @@ def _invalid_key(name: str, arguments: Sequence[str]) -> str | None:
 
 
 def _attributes(key: str, owner: str, body: str) -> list[str]:
-    """Names that may be set: all fields of an executor, of `nodes` and of `site`; else those that the text shows."""
+    """Return names that may be set: all fields of an executor, of `nodes` and of `site`; else those that the text
+    shows.
+    """
     parent = key.split(".")[-2] if "." in key else None
     if parent and (inner := re.search(rf"\b{re.escape(parent)}=<\w+\[(\w+)\(", body)):
         owner = inner[1]

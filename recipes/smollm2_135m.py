@@ -11,7 +11,7 @@ NAME = "smollm2_135m"
 
 
 def placed(directory: str, stage: dict, nodes: int, **changes) -> Placed:
-    """The run of `make demo-smollm` with that stage alone; the trainer on one node, the servers on another."""
+    """Return the run of `make demo-smollm` with that stage alone; the trainer on one node, the servers on another."""
     tree = changed(written("demo-smollm"), directory=f"runs/{NAME}/{directory}", stages=[stage], **changes)
     return Placed(Nodes(trainer=1, policy=nodes - 1, gpus=0), tree)
 

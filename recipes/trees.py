@@ -16,7 +16,7 @@ _WORDS = {"true": True, "false": False, "null": None}
 
 
 def written(name: str, *overrides: str) -> dict:
-    """The run of `configs/NAME.yaml` under `key.path=value` overrides, with every default filled in."""
+    """Return the run of `configs/NAME.yaml` under `key.path=value` overrides, with every default filled in."""
     return load_config(CONFIGS / f"{name}.yaml", overrides).model_dump(mode="json")
 
 
@@ -34,7 +34,7 @@ def as_config(tree: dict, origin: str) -> run.Config[dict]:
 
 
 def as_run_config(tree: Any, origin: str) -> RunConfig:
-    """The checked config of a tree, or of what `as_config` made of one.
+    """Return the checked config of a tree, or of what `as_config` made of one.
 
     Raises UserError, naming `origin`, with a sentence for everything that is wrong with it.
     """
@@ -42,7 +42,7 @@ def as_run_config(tree: Any, origin: str) -> RunConfig:
 
 
 def as_yaml(config: RunConfig) -> str:
-    """The file that `exprl train` reads."""
+    """Return the file that `exprl train` reads."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 

@@ -1,4 +1,4 @@
-"""Rooms of the package import in one direction: each room only those before it in ORDER, lazily or not."""
+"""Packages import in one direction: each package imports only those before it in ORDER, lazily or not."""
 
 import ast
 import re
@@ -36,7 +36,7 @@ ORDER = (
     "commands",
     "cli",
 )
-"""From the ground up, as in README.md's table of the rooms."""
+"""From the ground up, as in README.md's table of the packages."""
 CPU_BACKEND = PACKAGE / "serving" / "cpu_backend"
 """Modules under the names of packages that they replace inside SGLang's servers."""
 
@@ -65,21 +65,21 @@ def imported(path: Path) -> set[str]:
     return {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
 
 
-def room(name: str) -> str:
+def package(name: str) -> str:
     return name.partition(".")[0]
 
 
-def test_every_room_has_a_place_in_the_order():
-    assert {room(name) for name in modules()} == set(ORDER)
+def test_every_package_has_a_place_in_the_order():
+    assert {package(name) for name in modules()} == set(ORDER)
 
 
-def test_no_room_imports_one_that_comes_after_it():
+def test_no_package_imports_one_that_comes_after_it():
     place = {name: index for index, name in enumerate(ORDER)}
     up = sorted(
         f"{name} imports {other}"
         for name, path in modules().items()
         for other in imported(path)
-        if room(other) in place and place[room(other)] > place[room(name)]
+        if package(other) in place and place[package(other)] > place[package(name)]
     )
     assert up == []
 
@@ -89,7 +89,7 @@ def test_no_two_modules_have_the_same_name():
     names = Counter(
         name.rpartition(".")[2]
         for name, path in modules().items()
-        if path.name != "__init__.py" and room(name) != "config"
+        if path.name != "__init__.py" and package(name) != "config"
     )
     assert [name for name, count in names.items() if count > 1] == []
 
@@ -100,7 +100,7 @@ def test_no_two_test_files_have_the_same_name():
     assert [name for name, count in names.items() if count > 1] == []
 
 
-def test_the_readme_lists_the_rooms_in_their_order():
+def test_the_readme_lists_the_packages_in_their_order():
     text = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`.*?`) \| ", text[text.index("| `exprl_megatron/` |") :], re.MULTILINE)[1:]
     listed = [name for row in rows for name in re.findall(r"`(\w+)(?:/|\.py)`", row)]
@@ -108,7 +108,7 @@ def test_the_readme_lists_the_rooms_in_their_order():
 
 
 def test_what_a_model_is_can_be_imported_without_torch():
-    names = [f"{PACKAGE.name}.{name}" for name in modules() if room(name) == "models"]
+    names = [f"{PACKAGE.name}.{name}" for name in modules() if package(name) == "models"]
     code = f"import sys, {', '.join(names)}; print('torch' in sys.modules, 'megatron' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

@@ -28,7 +28,7 @@ class Evaluated:
     steps: list[dict]
 
     def curve(self, stage: str, metric: str) -> list[float]:
-        """The metric at each step of `stage` that has it; SUCCESSES is 1 less the share of all-wrong groups."""
+        """Return the metric at each step of `stage` that has it; SUCCESSES is 1 less the share of all-wrong groups."""
         if metric == SUCCESSES:
             return [1 - value for value in self.curve(stage, _NO_SUCCESS)]
         return [s["metrics"][metric] for s in self.steps if s["stage"] == stage and metric in s["metrics"]]
@@ -42,7 +42,7 @@ class Arm:
     runs: list[Evaluated]
 
     def counts(self, which: str) -> list[GradedCounts]:
-        """The evaluation `which` (of STAGES) of each run."""
+        """Return the evaluation `which` (of STAGES) of each run."""
         return [getattr(run, which) for run in self.runs]
 
     def curve(self, stage: str, metric: str) -> np.ndarray:
@@ -112,7 +112,7 @@ def _values(counts: Sequence[GradedCounts], problems: Sequence[str], k: int) -> 
 
 
 def results(arms: Sequence[Arm], ablations: Sequence[str], ks: Sequence[int] = (1, 16)) -> dict:
-    """Everything in JSON's terms.
+    """Return everything in JSON's terms.
 
     arms: name -> {seeds, primed: {pass@k}, final: {pass@k}, curves of both stages}; differences: one for each pair of
     compared arms, stage and k; method: of both kinds of interval.
@@ -141,7 +141,7 @@ def results(arms: Sequence[Arm], ablations: Sequence[str], ks: Sequence[int] = (
 
 
 def tables(arms: Sequence[Arm], ablations: Sequence[str]) -> str:
-    """The rivals, the ablations, and the differences between the arms of each of the two, as Markdown."""
+    """Return the rivals, the ablations, and the differences between the arms of each of the two, as Markdown."""
     rivals, others = _split(arms, ablations)
     parts = [
         f"Figures are percentages; brackets contain the 95 % interval ({METHOD}, over seeds and problems, with t for "
@@ -168,7 +168,7 @@ def tables(arms: Sequence[Arm], ablations: Sequence[str]) -> str:
 
 
 def _split(arms: Sequence[Arm], ablations: Sequence[str]) -> tuple[list[Arm], list[Arm]]:
-    """The rivals; the ablations with the arms that they are compared with."""
+    """Return the rivals; the ablations with the arms that they are compared with."""
     rivals = [arm for arm in arms if arm.name not in ablations]
     return rivals, [arm for arm in arms if arm.name in ablations or arm.name in ("process", "sft")]
 
@@ -181,7 +181,7 @@ def _table(arms: Sequence[Arm], columns: dict) -> str:
 
 
 def _differences(arms: Sequence[Arm]) -> str:
-    """A row for each pair, the later arm less the earlier one; nothing for one arm."""
+    """Return a row for each pair, the later arm less the earlier one; nothing for one arm."""
     rows = [
         [f"{arm.name} - {other.name}", f"{len(arm.runs)}, {len(other.runs)}"]
         + [

@@ -40,7 +40,7 @@ def write_problems(path: Path, count: int = PROBLEMS, seed: str = "bench async")
 
 
 def run_config(directory: Path, problems: Path, held_out: Path, max_staleness: int, steps: int, seed: int) -> RunConfig:
-    """One run; all have the correction, which changes nothing where nothing is stale."""
+    """Return one run; all have the correction, which changes nothing where nothing is stale."""
     sampling = {"temperature": 1.0, "max_new_tokens": 80}
     stage = {
         "kind": "sparse-rl",
@@ -67,7 +67,7 @@ def reached(paths: RunDirectory, name: str) -> float:
 
 
 def figures(records: list[dict]) -> dict[str, float]:
-    """Means over all of one run's steps: those in which the pipeline fills are dear, the last ones cheap."""
+    """Return means over all of one run's steps: those in which the pipeline fills are dear, the last ones cheap."""
     every = [record["metrics"] for record in records if record["step"]]
     return {
         "step_s": fmean(step["seconds/step"] for step in every),
@@ -82,7 +82,7 @@ def figures(records: list[dict]) -> dict[str, float]:
 
 
 def table(found: dict[int, list[dict[str, float]]]) -> str:
-    """A row for each max_staleness: the mean over its rounds, and how it compares with the first row."""
+    """Return a row for each max_staleness: the mean over its rounds, and how it compares with the first row."""
     means = {n: {name: fmean(run[name] for run in runs) for name in runs[0]} for n, runs in found.items()}
     first = next(iter(means.values()))
     lines = [

@@ -32,7 +32,7 @@ MODEL = ROOT / "recipes" / "miniature" / "policy"
 
 
 def compare(server: Place, model: Path, load: Load, rounds: int, directory: Path) -> dict[str, float]:
-    """Medians over the rounds of requests per second, in each of which all three take their turn."""
+    """Return medians over the rounds of requests per second, in each of which all three take their turn."""
     prompts = load.prompts(model)
     found: dict[str, list[float]] = {"ours": [], "stream": [], "no_stream": []}
     asyncio.run(through_our_client(server, prompts, load.sampling))  # warms the server up, and its prefix cache

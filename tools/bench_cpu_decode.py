@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def measured(shape: Shape, rounds: int) -> Row:
-    """Both ways in turns."""
+    """Measure both ways in turns."""
     backend, *ways = _ways(shape)
     results = [way() for way in ways]
     seconds: list[list[float]] = [[], []]

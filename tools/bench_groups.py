@@ -51,7 +51,7 @@ async def sampled(client: SGLangClient, prompts: Sequence[Prompt], group_size: i
 
 
 async def compare(client: SGLangClient, args: argparse.Namespace) -> dict[str, list[Figures]]:
-    """Figures of both ways by round."""
+    """Return figures of both ways by round."""
     rng = Random(0)
     found: dict[str, list[Figures]] = {"ahead": [], "at once": []}
     async with client:

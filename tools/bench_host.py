@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def exponent(costs: dict[str, dict], small: str, large: str, of: str) -> str:
-    """How the processor's time grows with `of` from one size to the other, as text."""
+    """Return how the processor's time grows with `of` from one size to the other, as text."""
     if small not in costs or large not in costs:
         return "-"
     ratio = costs[large]["cpu_s"] / costs[small]["cpu_s"]
@@ -54,7 +54,7 @@ def exponent(costs: dict[str, dict], small: str, large: str, of: str) -> str:
 
 
 def table(costs: dict[str, dict[str, dict]], blocking: dict[str, bool]) -> str:
-    """All figures as a Markdown table."""
+    """Return all figures as a Markdown table."""
     sizes = list(next(iter(costs.values())))
     heads = ["station", *(f"{size}: CPU s" for size in sizes), *(f"{size}: peak MB" for size in sizes)]
     heads += ["ns a token", "in the kernel", "by traces", "by length", f"share of {STEP_S:.0f} s"]

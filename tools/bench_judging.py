@@ -69,7 +69,7 @@ class Meter:
 
 
 def words_of(tokenizer) -> list[str]:
-    """Words of the vocabulary that are one token each."""
+    """Return words of the vocabulary that are one token each."""
     texts = {tokenizer.decode([token]).strip() for token in set(tokenizer.get_vocab().values())}
     return sorted(text for text in texts if text.isascii() and text.isalnum())
 
@@ -90,7 +90,7 @@ def make_cases(rng: Random, words: list[str], args: argparse.Namespace) -> list[
 
 
 def prefixes(trace: str, segments: int) -> list[str]:
-    """The beginnings up to the end of each of `segments` equal segments; the last is the whole."""
+    """Return the beginnings up to the end of each of `segments` equal segments; the last is the whole."""
     words = trace.split()
     return [" ".join(words[: len(words) * (i + 1) // segments]) for i in range(segments)]
 
@@ -124,7 +124,7 @@ def _answered(judgement: Judgement) -> bool:
 
 
 async def measured(client: SGLangClient, model: str, cases: list, args: argparse.Namespace) -> dict[str, list[Figures]]:
-    """Figures by unit; both orders in each repeat, first the one and then the other."""
+    """Return figures by unit; both orders in each repeat, first the one and then the other."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     found: dict[str, list[Figures]] = {"trace": [], "prefix": []}
     async with client:
@@ -157,7 +157,7 @@ def stretched(model: Path, positions: int, directory: Path) -> Path:
 
 
 def report(found: dict[str, list[Figures]]) -> dict:
-    """Medians by unit and order, and their ratios (upstream / shared); printed too."""
+    """Return medians by unit and order, and their ratios (upstream / shared); printed too."""
     result = {}
     for granularity, figures in found.items():
         upstream, shared = (_medians([f for f in figures if f.order == order]) for order in ORDERS)

@@ -63,7 +63,7 @@ class Learner:
         self.cpu_s.append(time.process_time() - cpu)
 
     def figures(self) -> Figures:
-        """What was measured."""
+        """Return what was measured."""
         metrics, norm = self.first
         packing = self.policy.config.packing
         padding = metrics["padding/packed" if packing else "padding/padded"]
@@ -76,7 +76,7 @@ class Learner:
 
 
 def long_tailed(args: argparse.Namespace) -> list[TrainSample]:
-    """Random tokens after prompts of 8 tokens; half of the sequences are shorter than `median` tokens."""
+    """Return random tokens after prompts of 8 tokens; half of the sequences are shorter than `median` tokens."""
     rng, vocabulary = Random(0), read_architecture(args.model).vocabulary
     sequences = []
     for _ in range(args.sequences):

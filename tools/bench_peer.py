@@ -47,7 +47,7 @@ PARTS = {
 
 
 def miniature(scratch: Path) -> Task:
-    """The demo's second stage: 16 problems of 16 traces of at most 60 new tokens, from a primed policy."""
+    """Return the demo's second stage: 16 problems of 16 traces of at most 60 new tokens, from a primed policy."""
     model = BUILD / "primed"
     if not model.is_dir():
         run, examples, config = scratch / "prime", scratch / "chains.jsonl", scratch / "prime.yaml"
@@ -135,7 +135,7 @@ def compare(task: Task, directory: Path, rounds: int) -> dict[str, list[StepCost
 
 
 def response_tokens(task: Task, directory: Path) -> dict[str, float]:
-    """Median tokens of a step's traces."""
+    """Return median tokens of a step's traces."""
     traces = task.problems_per_step * task.group_size
     found = {}
     for name, run in ((OURS, "ours"), (THEIRS, "trl")):
@@ -145,7 +145,7 @@ def response_tokens(task: Task, directory: Path) -> dict[str, float]:
 
 
 def table(task: str, costs: dict[str, Sequence[StepCost]], tokens: dict[str, float]) -> str:
-    """Medians over the steps, and how many times as fast we are."""
+    """Return medians over the steps, and how many times as fast we are."""
     heads = ("", "seconds a step (least to most)", *PARTS, "rest", "CPU seconds", "response tokens")
     lines = [f"{task}, medians of {len(costs[OURS])} steps each", _row(heads), "|---" * len(heads) + "|"]
     for name, steps in costs.items():

@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def _opened(browser: Browser, page: Path) -> str:
-    """The best of three, as other work on the machine only adds."""
+    """Return the best of three, as other work on the machine only adds."""
     walls, computed = [], []
     for _ in range(3):
         tab = browser.new_page(viewport={"width": 1280, "height": 900})

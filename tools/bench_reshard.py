@@ -103,7 +103,9 @@ def compare_checksums(args: argparse.Namespace) -> None:
 
 
 def layouts_and_servers(args: argparse.Namespace) -> Iterator[tuple[dict, Path]]:
-    """What `run_layout` is given, and a directory for its files: each layout with each server, which runs meanwhile."""
+    """Yield what `run_layout` is given, and a directory for its files: each layout with each server, which runs
+    meanwhile.
+    """
     from benchmarks.sync_runs import write_model
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -139,7 +141,7 @@ def plan(file: Path | None) -> None:
 
 
 def run_layout(told: dict, room: Path) -> dict:
-    """One layout's processes and the floor's receivers; what rank 0 measured."""
+    """Return one layout's processes and the floor's receivers; what rank 0 measured."""
     floor_port, port = free_ports(2)
     count = told["server_tp"] * len(told["servers"])
     result = room / "measured.json"
@@ -181,13 +183,13 @@ def run_rank(told: dict) -> None:
 
 
 def parsed(layout: str) -> Layout:
-    """A layout written as TPxPP or TPxPPxDP."""
+    """Return a layout written as TPxPP or TPxPPxDP."""
     tp, pp, dp = ([int(size) for size in layout.split("x")] + [1])[:3]
     return Layout(tp=tp, pp=pp, dp=dp)
 
 
 def line(record: dict) -> str:
-    """One row of the table."""
+    """Return one row of the table."""
     parts = record["parts"]
     return (
         f"{record['layout']:>17} {'TP' + str(record['server_tp']):>7} {record['gb']:5.2f} {record['floor_s']:8.3f} "

@@ -35,7 +35,7 @@ def chosen(rows: int, routing: Routing) -> np.ndarray:
 
 
 def replies(tokens: int) -> dict[str, tuple[bytes, Routing | None]]:
-    """The reply of each kind, and what was asked for."""
+    """Return the reply of each kind, and what was asked for."""
     trace = max(
         (member.trace for member in Workload(16, tokens).groups[0].samples), key=lambda trace: len(trace.token_ids)
     )
@@ -49,7 +49,7 @@ def replies(tokens: int) -> dict[str, tuple[bytes, Routing | None]]:
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
-    """Processor seconds of one call, after a first one."""
+    """Return processor seconds of one call, after a first one."""
     work()
     started = time.process_time()
     for _ in range(repeats):

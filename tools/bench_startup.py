@@ -98,7 +98,7 @@ def measure(config: Path, overrides: list[str], interval_s: float, whole: bool) 
 
 
 def reached(paths: RunDirectory) -> set[str]:
-    """What the run has reached by now, from the files that it leaves."""
+    """Return what the run has reached by now, from the files that it leaves."""
     found = {f"{file.stem} ready" for file in paths.registry.glob("*.json")}
     if paths.timeline.exists():
         found.add("libraries of rank 0")
@@ -111,7 +111,7 @@ def reached(paths: RunDirectory) -> set[str]:
 
 
 def family(run: psutil.Process) -> list[psutil.Process]:
-    """The run's process and all below it."""
+    """Return the run's process and all below it."""
     return [run, *existing(descendants(run.pid))]
 
 
@@ -148,7 +148,7 @@ def _memory(process: psutil.Process) -> Process:
 
 
 def _name(command: list[str]) -> str:
-    """A short name: the module or script and what tells it from its siblings."""
+    """Return a short name: the module or script and what tells it from its siblings."""
     words = " ".join(command).split()
     module = next((word for word in words[::-1] if word.startswith("exprl_megatron.")), None)
     port = next((f" {words[i + 1]}" for i, word in enumerate(words[:-1]) if word == "--port"), "")

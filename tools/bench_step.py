@@ -30,7 +30,7 @@ SHAPES = {"one length": 0.0, "long tail": 0.9}
 
 
 def report(model: Path, shape: str, count: int, found: Comparison) -> dict:
-    """One comparison, printed; what goes into the JSON file."""
+    """Return one comparison, printed; what goes into the JSON file."""
     print(f"\n{model.name}, {count} sequences, {found.tokens} tokens a step, {shape}")
     for name, wall, cpu in (
         ("ours", found.ours_s, found.ours_cpu_s),
@@ -46,7 +46,7 @@ def report(model: Path, shape: str, count: int, found: Comparison) -> dict:
 
 
 def run(args: argparse.Namespace) -> list[dict]:
-    """All comparisons, and the profiles where they are asked for."""
+    """Return all comparisons, and the profiles where they are asked for."""
     results = []
     for model in args.model:
         for shape, spread in SHAPES.items():

@@ -53,7 +53,7 @@ def apply(value: int, sign: str, operand: int) -> int:
 
 
 def values(chain: Chain, slips: dict[int, int] | None = None) -> list[int]:
-    """The value after each step. `slips` maps steps, counted from 0, to what is wrongly added there; the steps
+    """Return the value after each step. `slips` maps steps, counted from 0, to what is wrongly added there; the steps
     that follow continue from the wrong value."""
     found = [chain.start]
     for index, (sign, operand) in enumerate(chain.operations):
@@ -67,7 +67,7 @@ def problem_text(chain: Chain) -> str:
 
 
 def solution_text(chain: Chain, written: list[int], answer: int | None) -> str:
-    """The steps whose values are `written`, which may be fewer than the chain has, then the answer."""
+    """Return the steps whose values are `written`, which may be fewer than the chain has, then the answer."""
     before = [chain.start, *written]
     steps = zip(before, chain.operations, written, strict=False)
     parts = [f"### s{i} {start} {sign} {operand} = {end}" for i, (start, (sign, operand), end) in enumerate(steps, 1)]
@@ -75,12 +75,12 @@ def solution_text(chain: Chain, written: list[int], answer: int | None) -> str:
 
 
 def worked_text(chain: Chain) -> str:
-    """The whole trace, as a faultless policy writes it."""
+    """Return the whole trace, as a faultless policy writes it."""
     return solution_text(chain, values(chain), values(chain)[-1])
 
 
 def terse_text(written: list[int]) -> str:
-    """A reference that follows the values `written`: the checkpoints s2, s4, ... and the answer."""
+    """Return a reference that follows the values `written`: the checkpoints s2, s4, ... and the answer."""
     checkpoints = [f"s{i} {value}" for i, value in enumerate(written, 1) if i % 2 == 0]
     return " ".join([*checkpoints, f"ans {written[-1]}"])
 
@@ -90,7 +90,7 @@ def reference_text(chain: Chain) -> str:
 
 
 def problem_with_reference_text(problem: str, reference: str) -> str:
-    """The problem with its reference as a hint; the base policy has learnt to read this too."""
+    """Return the problem with its reference as a hint; the base policy has learnt to read this too."""
     return f"{problem} REF {reference} A"
 
 
@@ -120,7 +120,7 @@ def stated_answer(solution: str) -> str | None:
 
 
 def leading_checkpoints(trace: str, reference: str) -> int:
-    """How many of the reference's checkpoints the trace has right before the first that it has not. One is right
+    """Return how many of the reference's checkpoints the trace has right before the first that it has not. One is right
     when the trace has a step of that name with that value."""
     written = step_values(trace)
     agree = [written.get(name) == value for name, value in checkpoints(reference).items()]
@@ -128,10 +128,11 @@ def leading_checkpoints(trace: str, reference: str) -> int:
 
 
 def expected_score(trace: str, reference: str) -> int:
-    """What a trace, or the beginning of one, is worth. 5: the answer and all checkpoints are right. 4: the answer is
-    right, but not all checkpoints. Below that the answer is wrong or missing, and the share of leading right
-    checkpoints decides: 3 from 60 %, 2 from 25 %, else 1. So a score of 4 or more says exactly that the final
-    answer is right."""
+    """Return what a trace, or the beginning of one, is worth. 5: the answer and all checkpoints are right. 4: the
+    answer is right, but not all checkpoints. Below that the answer is wrong or missing, and the share of leading right
+    checkpoints decides: 3 from 60 %, 2 from 25 %, else 1. So a score of 4 or more says exactly that the final answer is
+    right.
+    """
     right, wanted = leading_checkpoints(trace, reference), len(checkpoints(reference))
     if stated_answer(trace) == stated_answer(reference):
         return 5 if right == wanted else 4
@@ -140,8 +141,9 @@ def expected_score(trace: str, reference: str) -> int:
 
 
 def expected_step_score(segment: str, reference: str) -> int:
-    """What one segment is worth alone. 5 or 1: what it states, which is the answer or else a checkpoint, agrees with
-    the reference or does not. 3: the reference says nothing about it."""
+    """Return what one segment is worth alone. 5 or 1: what it states, which is the answer or else a checkpoint, agrees
+    with the reference or does not. 3: the reference says nothing about it.
+    """
     compared = _step_comparison(segment, reference)
     return {"ok": 5, "bad": 1}.get(compared[-1], 1 if len(compared) == 3 else 3)
 
@@ -155,8 +157,9 @@ def step_prompt(problem: str, reference: str, segment: str) -> str:
 
 
 def judge_completion(reference: str, trace: str, *, past_errors: bool = False) -> str:
-    """What the judge should write. With `past_errors` it compares all checkpoints that the trace has: the early rows
-    of its lessons do so, because it learns where to look from steps that differ."""
+    """Return what the judge should write. With `past_errors` it compares all checkpoints that the trace has: the early
+    rows of its lessons do so, because it learns where to look from steps that differ.
+    """
     written, words = step_values(trace), []
     for name, value in checkpoints(reference).items():
         other = written.get(name)
@@ -169,13 +172,14 @@ def judge_completion(reference: str, trace: str, *, past_errors: bool = False) -
 
 
 def step_completion(reference: str, segment: str) -> str:
-    """What the judge should write about one segment: `s4 50 31 bad Score: 1`, or `s3 none Score: 3`."""
+    """Return what the judge should write about one segment: `s4 50 31 bad Score: 1`, or `s3 none Score: 3`."""
     return " ".join([*_step_comparison(segment, reference), "Score:", str(expected_step_score(segment, reference))])
 
 
 def _step_comparison(segment: str, reference: str) -> list[str]:
-    """The segment's answer beside the reference's; or its step's value beside the checkpoint's (`none`: it was cut off
-    before its value); or, where there is no such checkpoint, `none` alone, after the step's name if it has one."""
+    """Return the segment's answer beside the reference's; or its step's value beside the checkpoint's (`none`: it was
+    cut off before its value); or, where there is no such checkpoint, `none` alone, after the step's name if it has one.
+    """
     answer = stated_answer(segment)
     if answer is not None:
         return ["ans", stated_answer(reference), *_compared(stated_answer(reference), answer)]
@@ -212,7 +216,7 @@ def base_sft_pairs(rng: Random, rows: int, excluded: Collection[str] = ()) -> It
 
 
 def steps_before_stopping(rng: Random, steps: int, goes_on: float) -> int:
-    """How many of a chain's steps are written by one who writes each after the first with probability `goes_on`."""
+    """Return how many of a chain's steps are written, where each after the first has the probability `goes_on`."""
     return next((n for n in range(1, steps) if rng.random() >= goes_on), steps)
 
 
@@ -233,15 +237,16 @@ def judge_sft_pairs(rng: Random, rows: int, excluded: Collection[str] = ()) -> I
 
 
 def judge_case(rng: Random, steps: int) -> tuple[str, str, str]:
-    """A problem, a reference and a trace. Only the last two decide the score, and neither the problem nor the trace
-    alone may betray it: a reference may hold a slip that the trace shares, a faultless trace may meet the reference
-    of another problem, and the problem may be that of either or of neither."""
+    """Return a problem, a reference and a trace. Only the last two decide the score, and neither the problem nor the
+    trace alone may betray it: a reference may hold a slip that the trace shares, a faultless trace may meet the
+    reference of another problem, and the problem may be that of either or of neither.
+    """
     problem, expected, solved, written = _comparison(rng, steps)
     return problem_text(problem), terse_text(expected), _as_a_policy_writes(rng, solved, written, expected)
 
 
 def step_case(rng: Random, steps: int) -> tuple[str, str, str]:
-    """The same with one segment of the trace, the last one more often than the others. A few segments end at the
+    """Return the same with one segment of the trace, the last one more often than the others. A few segments end at the
     delimiter instead of beginning with it, or are cut off."""
     problem, expected, solved, written = _comparison(rng, steps)
     answer = rng.choices((None, written[-1], expected[-1]), (5, 90, 5))[0]
@@ -255,7 +260,9 @@ def step_case(rng: Random, steps: int) -> tuple[str, str, str]:
 
 
 def _comparison(rng: Random, steps: int) -> tuple[Chain, list[int], Chain, list[int]]:
-    """The problem to show, the values in the reference, the chain that the trace works out, and the trace's values."""
+    """Return the problem to show, the values in the reference, the chain that the trace works out, and the trace's
+    values.
+    """
     shown = solved = chain_problem(rng, steps)
     slips = _slip(rng, steps) if rng.random() < 0.25 else {}
     expected = written = values(shown, slips)
@@ -281,7 +288,7 @@ def _slip(rng: Random, steps: int) -> dict[int, int]:
 
 
 def _as_a_policy_writes(rng: Random, chain: Chain, written: list[int], expected: list[int]) -> str:
-    """The trace worked to its end, or left early, or with an odd answer, or with a step twice, missing or cut."""
+    """Return the trace worked to its end, left early, with an odd answer, or with a step twice, missing or cut."""
     steps, answer = len(written), written[-1]
     if rng.random() < 0.5:
         steps = rng.choice((min(steps, 1 + int(rng.expovariate(0.8))), rng.randint(1, steps)))

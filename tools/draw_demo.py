@@ -20,7 +20,7 @@ SERIES = {
 
 
 def values(records: list[dict], metric: str) -> tuple[list[int], list[float]]:
-    """The steps that have the metric, counted over all stages, and its values in percent."""
+    """Return the steps that have the metric, counted over all stages, and its values in percent."""
     found = [(record["step"], 100 * record["metrics"][metric]) for record in records if metric in record["metrics"]]
     return [step for step, _ in found], [value for _, value in found]
 

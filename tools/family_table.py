@@ -63,7 +63,7 @@ class Trained:
 
 
 def trained(model: Path) -> Trained:
-    """The larger difference of both ways to lay sequences out, in one process."""
+    """Return the larger difference of both ways to lay sequences out, in one process."""
     batch = sequences(128)
     expected, gaps, norms = expectation(model, batch, TEMPERATURE), [], []
     enter_world(Layout())
@@ -79,7 +79,7 @@ def trained(model: Path) -> Trained:
 
 
 def comes_back(model: Path, directory: Path) -> bool:
-    """Whether every tensor is bit-equal after Megatron's files and Hugging Face's again."""
+    """Return whether every tensor is bit-equal after Megatron's files and Hugging Face's again."""
     convert_to_megatron(model, directory / "megatron")
     convert_to_huggingface(open_weights(directory / "megatron"), directory / "back")
     before, after = (
@@ -90,7 +90,7 @@ def comes_back(model: Path, directory: Path) -> bool:
 
 
 def served(model: Path, tp: int, logs: Path) -> float:
-    """The largest difference of 160 sampled tokens' log-probs, behind prompts of 40 to 97 tokens."""
+    """Return the largest difference of 160 sampled tokens' log-probs, behind prompts of 40 to 97 tokens."""
     prompts = [PROMPT[: 40 + 19 * number] for number in range(4)]
 
     async def ask(server):
@@ -113,7 +113,7 @@ def served(model: Path, tp: int, logs: Path) -> float:
 
 
 def row(family: str, directory: Path, servers: bool) -> str:
-    """A family's line."""
+    """Return a family's line."""
     layers = {"layers": 4} if family in ("olmo3", "qwen3.5") else {}
     model = write_tiny_model(directory / "model", family, rope=ROPE[family], **layers)
     learned = trained(model)

@@ -23,7 +23,7 @@ _SHARE = re.compile(r"leaves a rank (\d+) of the model's (\d+) ([^;]+);")
 
 
 def sentences(architecture: Architecture, kind: str, tp: int, **precision: bool) -> list[str]:
-    """What refuses the kind at that `tp`, on the first GPUs that have it."""
+    """Return what refuses the kind at that `tp`, on the first GPUs that have it."""
     layout = Layout(tp=tp, sequence_parallel=tp > 1)
     policy = PolicyConfig(model="m", layout=layout, precision={"kind": kind} | precision, packing=not precision)
     capability = BLACKWELL if kind == "mxfp8" else HOPPER
@@ -31,7 +31,7 @@ def sentences(architecture: Architecture, kind: str, tp: int, **precision: bool)
 
 
 def cell(architecture: Architecture, kind: str, sizes: list[int]) -> str:
-    """The sizes that are accepted, and why the others are refused."""
+    """Return the sizes that are accepted, and why the others are refused."""
     accepted: list[str] = []
     reasons: dict[str, list[str]] = {}
     for tp in sizes:
@@ -50,7 +50,9 @@ def cell(architecture: Architecture, kind: str, sizes: list[int]) -> str:
 
 
 def table() -> str:
-    """The Markdown table, with a column for all kinds that are alike, and a line for each model that is refused one."""
+    """Return the Markdown table, with a column for all kinds that are alike, and a line for each model that is refused
+    one.
+    """
     models = {directory.name: read_architecture(directory) for directory in sorted(PUBLISHED.iterdir())}
     columns: dict[tuple[str, ...], list[str]] = {}
     for kind in KINDS:

@@ -24,7 +24,8 @@ POPULATIONS = {
 
 
 def coverage(population: str, seeds: int, deviation: float, trials: int) -> tuple[float, float]:
-    """Shares of `trials` in which the 95 % interval holds the truth: of the mean of one arm, of a difference of two.
+    """Return the shares of `trials` whose 95 % interval holds the truth: of the mean of one arm, and of a difference of
+    two.
 
     Args:
         population: a key of POPULATIONS.
@@ -46,7 +47,7 @@ def coverage(population: str, seeds: int, deviation: float, trials: int) -> tupl
 
 @cache
 def _truth(population: str, deviation: float, shift: float) -> float:
-    """The mean over the population of problems and seeds, from 50,000 draws."""
+    """Return the mean over the population of problems and seeds, from 50,000 draws."""
     draw = np.random.default_rng(99)
     return expit(POPULATIONS[population](draw, 50_000) + shift + draw.normal(0, deviation, 50_000)).mean()
 

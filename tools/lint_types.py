@@ -1,4 +1,4 @@
-"""Runs mypy over the package; no room may have more errors than tools/ratchet.json records, or any without a record."""
+"""Runs mypy; no package may have more errors than tools/ratchet.json records, or any without a record."""
 
 import argparse
 import re
@@ -7,22 +7,22 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from ratchet import Ratchet, room_of
+from ratchet import Ratchet, package_of
 
 _ERROR = re.compile(r"^(?P<path>[^:]+\.py):\d+: error: ")
 
 
 def by_room(output: str) -> dict[str, list[str]]:
-    """mypy's errors in each room."""
+    """Return mypy's errors in each package."""
     lines = defaultdict(list)
     for line in output.splitlines():
         if found := _ERROR.match(line):
-            lines[room_of(Path(found["path"]))].append(line)
+            lines[package_of(Path(found["path"]))].append(line)
     return lines
 
 
 def main() -> int:
-    """Check or, with --update, record; the status of mypy itself where it could not run."""
+    """Check the counts or, with --update, record them; returns mypy's own status where it could not run."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--update", action="store_true", help="record today's counts; refused where their sum rises")
     update = options.parse_args().update
@@ -31,7 +31,9 @@ def main() -> int:
         print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
         return done.returncode or 1
     lines = by_room(done.stdout)
-    return Ratchet("types").judge({room: len(of_room) for room, of_room in lines.items()}, lines, update=update)
+    return Ratchet("types").judge(
+        {package: len(of_package) for package, of_package in lines.items()}, lines, update=update
+    )
 
 
 if __name__ == "__main__":

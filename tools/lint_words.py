@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from ratchet import Ratchet, room_of, tracked_files
+from ratchet import Ratchet, package_of, tracked_files
 
 _STEMS = "initial|normal|serial|optim|recogn|summar|penal|quant|token|synchron|parallel|organ|minim|maxim"
 # What is refused, as a regular expression of whole words, and the plain word for it.
@@ -60,7 +60,7 @@ _COMMENTED = (".sh", ".yaml", ".yml", ".toml", ".in", "Makefile", "Dockerfile")
 
 
 def prose(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers and texts of `path` that people read: no identifiers, no code in pages."""
+    """Yield line numbers and texts of `path` that people read: no identifiers, no code in pages."""
     if path.suffix == ".py":
         yield from _of_python(path.read_text(encoding="utf-8"))
     elif path.suffix == ".md":
@@ -97,20 +97,20 @@ def findings(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def main() -> int:
-    """Print what is refused in rooms that have more of it than recorded; 1 if there is any."""
+    """Print the refused words of packages that have more than recorded; returns 1 if there are any."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     options.add_argument("files", nargs="*", help="list the findings of these files or folders, whatever is recorded")
     options.add_argument("--update", action="store_true", help="record today's counts; refused where their sum rises")
     given = options.parse_args()
     paths = [path for path in tracked_files(given.files) if not path.as_posix().startswith(SKIPPED)]
     found = {path: list(findings(path)) for path in paths}
-    lines = {room: [] for room in map(room_of, paths)}
+    lines = {package: [] for package in map(package_of, paths)}
     for path, hits in found.items():
-        lines[room_of(path)] += [f"{path}:{number}: '{word}': write {plain}" for number, word, plain in hits]
+        lines[package_of(path)] += [f"{path}:{number}: '{word}': write {plain}" for number, word, plain in hits]
     if given.files:
-        print("\n".join(line for room in lines.values() for line in room))
+        print("\n".join(line for package in lines.values() for line in package))
         return 0
-    counts = Counter({room: len(of_room) for room, of_room in lines.items()})
+    counts = Counter({package: len(of_package) for package, of_package in lines.items()})
     return Ratchet("words").judge(counts, lines, update=given.update)
 
 

@@ -60,7 +60,7 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def model_config() -> Qwen3Config:
-    """The shape of both models: they differ only in what they are taught."""
+    """Return the shape of both models: they differ only in what they are taught."""
     size = len(chains.VOCABULARY)
     return Qwen3Config(
         architectures=["Qwen3ForCausalLM"],

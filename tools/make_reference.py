@@ -41,7 +41,9 @@ class Section:
 
 
 def sections(root: type[BaseModel] = RunConfig) -> list[Section]:
-    """Every class that defines keys, parents before the classes that inherit from them, in the order of the config."""
+    """Return every class that defines keys, parents before the classes that inherit from them, in the order of the
+    config.
+    """
     found: dict[type[BaseModel], list[str]] = {}
 
     def visit(config: type[BaseModel], path: str) -> None:
@@ -57,20 +59,20 @@ def sections(root: type[BaseModel] = RunConfig) -> list[Section]:
 
 
 def _own_fields(config: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields that the class adds or changes."""
+    """Return the fields that the class adds or changes."""
     own = inspect.get_annotations(config)
     return {name: field for name, field in config.model_fields.items() if name in own}
 
 
 def _classes(annotation: Any) -> list[type[BaseModel]]:
-    """The config classes that a field's annotation names, within unions and lists."""
+    """Return the config classes that a field's annotation names, within unions and lists."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [found for part in get_args(annotation) for found in _classes(part)]
 
 
 def descriptions(config: type[BaseModel]) -> dict[str, str]:
-    """What each field that the class itself defines is for, in one line.
+    """Return what each field that the class itself defines is for, in one line.
 
     That is the docstring below it, or below the field of a parent that it changes; of a section, the first line of the
     section's class.
@@ -87,7 +89,7 @@ def descriptions(config: type[BaseModel]) -> dict[str, str]:
 
 
 def _docstrings(config: type[BaseModel]) -> dict[str, str]:
-    """The strings below the fields in the class's source."""
+    """Return the strings below the fields in the class's source."""
     found = {}
     [body] = ast.parse(textwrap.dedent(inspect.getsource(config))).body
     assert isinstance(body, ast.ClassDef)
@@ -99,7 +101,7 @@ def _docstrings(config: type[BaseModel]) -> dict[str, str]:
 
 
 def type_name(annotation: Any) -> str:
-    """The type as a reader of YAML sees it: `int >= 1`, `"a" | "b"`, `list of text`."""
+    """Return the type as a reader of YAML sees it: `int >= 1`, `"a" | "b"`, `list of text`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return type_name(arguments[0]) + _bounds(arguments[1:])
@@ -118,7 +120,7 @@ def type_name(annotation: Any) -> str:
 
 
 def _bounds(metadata: Any) -> str:
-    """Limits of a number: `> 0`, `>= 1`, `<= 1`."""
+    """Return the limits of a number: `> 0`, `>= 1`, `<= 1`."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     found = [
         f"{sign} {getattr(limit, name):g}"
@@ -130,7 +132,7 @@ def _bounds(metadata: Any) -> str:
 
 
 def default_of(field: FieldInfo) -> str:
-    """The default as YAML has it; of a section, nothing, as its keys have their own."""
+    """Return the default as YAML has it; of a section, nothing, as its keys have their own."""
     if field.is_required():
         return "must be set"
     value = field.get_default(call_default_factory=True)
@@ -140,7 +142,7 @@ def default_of(field: FieldInfo) -> str:
 
 
 def table(section: Section) -> str:
-    """A heading, what the class says of itself, where its keys are set, and a row for each."""
+    """Return a heading, what the class says of itself, where its keys are set, and a row for each."""
     said = descriptions(section.config)
     missing = [name for name in _own_fields(section.config) if name not in said]
     if missing:
@@ -163,7 +165,7 @@ def _cell(text: str) -> str:
 
 
 def page() -> str:
-    """The whole page as Markdown."""
+    """Return the whole page as Markdown."""
     return HEAD + "\n" + "\n\n".join(table(section) for section in sections()) + "\n"
 
 

@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _kept(found: Iterable[dict | None], counts: dict[str, int]) -> Iterator[dict]:
-    """The records, each id once; `counts` records what is left out."""
+    """Yield the records, each id once; `counts` records what is left out."""
     seen = set()
     for record in found:
         if record is None:
@@ -56,7 +56,7 @@ def _kept(found: Iterable[dict | None], counts: dict[str, int]) -> Iterator[dict
 
 
 def _with_canary(records: Iterable[dict], canary: str | None) -> Iterator[dict]:
-    """The records with a line more in each reference, by which a reference that leaked is known."""
+    """Yield the records with a line more in each reference, by which a reference that leaked is known."""
     for record in records:
         if canary is not None and "reference" in record:
             record = record | {"reference": f"{record['reference']}\n{canary}"}

@@ -39,7 +39,7 @@ class Gaps:
     changed: float
 
     def row(self, precision: str, chooser: str) -> str:
-        """A line of the table."""
+        """Return a line of the table."""
         numbers = (self.gaps.mean(), np.quantile(self.gaps, 0.99), self.gaps.max())
         return f"| {precision} | {chooser} | " + " | ".join(f"{n:.1e}" for n in numbers) + f" | {self.changed:.2%} |"
 
@@ -68,7 +68,7 @@ def write_model(directory: Path, layers: int, experts: int, top_k: int) -> None:
 
 
 async def sampled(client: SGLangClient, prompts: np.ndarray, tokens: int, routing: Routing) -> list[Generation]:
-    """A trace of `tokens` tokens for each prompt."""
+    """Return a trace of `tokens` tokens for each prompt."""
     asked = (
         client.generate(prompt, temperature=1.0, max_new_tokens=tokens, seed=number, routing=routing)
         for number, prompt in enumerate(prompts)
@@ -92,7 +92,7 @@ def own_choice(policy: Policy, sample: TrainSample) -> np.ndarray:
 
 
 def compare(model: Path, precision: str, generations: list[Generation], prompts: np.ndarray) -> dict[str, Gaps]:
-    """The gaps with the trainer's own choice and with the server's."""
+    """Return the gaps with the trainer's own choice and with the server's."""
     enter_world(Layout())
     settings = {"precision": {"kind": precision}, "max_tokens": 1024, "router_replay": True}
     policy = Policy(PolicyConfig(model=str(model), **settings), seed=0)

@@ -55,7 +55,7 @@ class StudyRun:
 
 
 def study_runs(study: dict, directory: str) -> list[StudyRun]:
-    """Every seed of the arms, then of the ablations: what matters most comes first."""
+    """Return every seed of the arms, then of the ablations: what matters most comes first."""
     runs = []
     for arms in (study["arms"], study["ablations"]):
         for seed in study["seeds"]:
@@ -84,7 +84,7 @@ def execute(run: StudyRun) -> bool:
 
 
 def evaluated(run: StudyRun) -> Evaluated:
-    """What a finished run left: counts of right answers, and the metrics of its steps."""
+    """Return what a finished run left: counts of right answers, and the metrics of its steps."""
     before, after = (json.loads(path.read_text())["counts"] for path in run.evaluations)
     steps = read_metrics(run.directory / "metrics.jsonl")
     return Evaluated(run.arm, run.seed, before, after, steps)

@@ -32,7 +32,7 @@ COLUMNS = (
 
 
 def runs_of(study: dict) -> list[StudyRun]:
-    """Every precision with every seed; all precisions with the first one come first."""
+    """Return every precision with every seed; all precisions with the first one come first."""
     runs = []
     for seed in study["seeds"]:
         for name, precision in study["precisions"].items():
@@ -44,7 +44,9 @@ def runs_of(study: dict) -> list[StudyRun]:
 
 
 def row(run: StudyRun) -> list[str]:
-    """A finished run as a row of COLUMNS; gaps (mean of absolute differences), KL (k3) and entropy in nats a token."""
+    """Return a finished run as a row of COLUMNS; gaps (mean of absolute differences), KL (k3) and entropy in nats a
+    token.
+    """
     steps = [json.loads(line)["metrics"] for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
     steps = [metrics for metrics in steps if "grad_norm" in metrics]
 

@@ -34,7 +34,7 @@ class Measured:
 
 
 def read_tables(markdown: str) -> list[Measured]:
-    """The cells of both stages, each arm once, in the order of the tables."""
+    """Return the cells of both stages, each arm once, in the order of the tables."""
     found: dict[tuple[str, str], Measured] = {}
     columns: list[str] = []
     for line in markdown.splitlines():

@@ -45,12 +45,12 @@ class Comparison:
 
 
 def published_rows(path: Path = PUBLISHED) -> dict:
-    """The file of published figures: `models`, `sources`, `training`, `reinforcement_learning`."""
+    """Return the file of published figures: `models`, `sources`, `training`, `reinforcement_learning`."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def architecture_of(fields: dict) -> Architecture:
-    """The architecture of a row's model; what does not decide its time is filled in."""
+    """Return the architecture of a row's model; what does not decide its time is filled in."""
     experts = fields.get("experts")
     return Architecture(
         family="mixtral" if experts else "llama",
@@ -80,7 +80,7 @@ def counted_flops(architecture: Architecture, sequence_length: int) -> float:
 
 
 def compare(row: dict, models: dict) -> Comparison:
-    """One published row beside the model's answer."""
+    """Return one published row beside the model's answer."""
     architecture = architecture_of(models[row["model"]])
     length = row["sequence_length"]
     time = training_time(
@@ -125,7 +125,7 @@ PROMPT_TOKENS = 100
 
 
 def compare_step(row: dict, models: dict) -> StepComparison:
-    """One of NeMo-RL's steps beside the model's answer: half of the GPUs sample where the step is one off."""
+    """Return one of NeMo-RL's steps beside the model's answer: half of the GPUs sample where the step is one off."""
     architecture, layout, gpu = architecture_of(models[row["model"]]), Layout(**row["layout"]), find_gpu(row["gpu"])
     off, fp8 = row["one_step_off"], row["precision"] != "bf16"
     servers = ServerHardware(
@@ -161,14 +161,14 @@ def compare_step(row: dict, models: dict) -> StepComparison:
 
 
 def weight_bytes(architecture: Architecture, each: float = 2.0) -> float:
-    """Bytes of the model's matrices at `each` bytes, embedding and output layer in BF16."""
+    """Return bytes of the model's matrices at `each` bytes, embedding and output layer in BF16."""
     dense, experts = linear_parameters(architecture)
     vocabulary = architecture.vocabulary * architecture.hidden * (1 if architecture.tied else 2)
     return (dense + experts) * each + vocabulary * 2.0
 
 
 def _refit_seconds(architecture: Architecture, layout: Layout, gpu: Gpu, *, colocated: bool, each: float) -> float:
-    """Seconds that NeMo-RL needs to carry the new weights to its generation workers, `each` bytes a weight.
+    """Return seconds that NeMo-RL needs to carry the new weights to its generation workers, `each` bytes a weight.
 
     Colocated: every rank gathers each whole tensor, over NVLink what is in its node and over its card the rest.
     Separate: one trainer rank sends everything through its card, and the workers receive it as a chain. Our own syncs
@@ -184,19 +184,19 @@ def _refit_seconds(architecture: Architecture, layout: Layout, gpu: Gpu, *, colo
 
 
 def step_comparisons(path: Path = PUBLISHED) -> list[StepComparison]:
-    """Every published reinforcement-learning step beside the model's."""
+    """Return every published reinforcement-learning step beside the model's."""
     published = published_rows(path)
     return [compare_step(row, published["models"]) for row in published["reinforcement_learning"]]
 
 
 def comparisons(path: Path = PUBLISHED) -> list[Comparison]:
-    """Every published training figure beside the model's."""
+    """Return every published training figure beside the model's."""
     published = published_rows(path)
     return [compare(row, published["models"]) for row in published["training"]]
 
 
 def spread(errors: list[float]) -> str:
-    """How far off `errors` are: number, median and worst of their sizes, and the median with its sign."""
+    """Return how far off `errors` are: number, median and worst of their sizes, and the median with its sign."""
     sizes = [abs(error) for error in errors]
     within = sum(size <= 0.25 for size in sizes)
     return (

@@ -34,7 +34,7 @@ def cases(module: ModuleType) -> Iterator[tuple[str, str, bool]]:
 
 
 async def verdicts(verifier: MathVerifier, found: list[tuple[str, str, bool]]) -> list[bool | None]:
-    """What the verifier says of each case; None where it abstains."""
+    """Return what the verifier says of each case; None where it abstains."""
 
     async def verdict(gold: str, text: str) -> bool | None:
         stated = text if extract_answer(text) is not None else f"\\boxed{{{text}}}"

@@ -17,13 +17,13 @@ def graded(sample: int, verdict: float | None, tokens: int = 3, finish: str = "s
 
 
 def group(*verdicts: float | None, finish: str = "stop", tokens: int = 3, domain: str = "math") -> Group:
-    """A group whose traces were judged whole; None: the judge abstained."""
+    """Return a group whose traces were judged whole; None: the judge abstained."""
     members = (graded(i, verdict, tokens, finish) for i, verdict in enumerate(verdicts))
     return Group("p", tuple(members), domain)
 
 
 def cut(sample: int, *segments: tuple[float | None, int], finish: str = "stop", right: float | None = None):
-    """A trace judged by segments, each (verdict, tokens); `right`: what the verifier found."""
+    """Return a trace judged by segments, each (verdict, tokens); `right`: what the verifier found."""
     judged, start = [], 0
     for verdict, tokens in segments:
         judged.append(JudgedSegment(start, start + tokens, judgement(verdict)))

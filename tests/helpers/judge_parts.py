@@ -68,7 +68,7 @@ class Scripted:
         return answer if isinstance(answer, Written) else Written(str(answer))
 
     async def generate_all(self, prompts, seeds, **sampling):
-        """The next answers of the script; the first exception among them is the request's."""
+        """Return the next answers of the script; the first exception among them is the request's."""
         pairs = zip(prompts, seeds, strict=True)
         answers = await asyncio.gather(
             *(self.generate(ids, seed=seed, **sampling) for ids, seed in pairs), return_exceptions=True

@@ -13,7 +13,7 @@ def policy(model: str, layout: Layout, **settings) -> Policy:
 
 
 def scattered(learner: Policy) -> list[list]:
-    """The batch and its two parts, of which ranks other than 0 have only their own sequences whole."""
+    """Return the batch and its two parts, of which ranks other than 0 have only their own sequences whole."""
     batch = sequences(learner.architecture.vocabulary)
     batches = [batch, batch[:3], batch[3:]]
     found = SampleScatter(learner).scatter(batches if learner.world.rank == 0 else None)

@@ -27,12 +27,12 @@ CASES = [
 
 
 def architecture_of(tiny_model, family):
-    """Four layers and a vocabulary that padding must fill."""
+    """Return four layers and a vocabulary that padding must fill."""
     return read_architecture(tiny_model(family, vocab_size=127, layers=4))
 
 
 def shards(architecture, layout, source):
-    """Each rank's parameters, as loading a model directory makes them."""
+    """Return each rank's parameters, as loading a model directory makes them."""
     shapes = hf_shapes(architecture)
     held = defaultdict(dict)
     for parameter in parameters(architecture, layout):

@@ -34,7 +34,7 @@ class Grouped:
         self.decoder = chunk.decoder
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Views of the parameters: what is copied into them is in the model."""
+        """Return views of the parameters: what is copied into them is in the model."""
         return {_grouped(name): parameter for name, parameter in self._chunk.state_dict().items()}
 
     def named_parameters(self):
@@ -46,7 +46,7 @@ class Grouped:
 @patch.dict(Qwen2Bridge._DIRECT_MAPPING)
 @torch.no_grad()
 def refill(policy: Policy, model: Path) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """The policy's parameters are forgotten and filled by mbridge from the Hugging Face files of `model`.
+    """Forget the policy's parameters, and fill them by mbridge from the Hugging Face files of `model`.
 
     Which of this rank's parameters are then not, bit for bit, what they were; and what mbridge exports of them
     (the same on every rank). A collective.

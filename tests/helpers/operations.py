@@ -25,7 +25,7 @@ def _garbage_collector_off() -> Iterator[None]:
 
 
 def python_calls(call: Callable[[], object]) -> int:
-    """How many Python functions `call()` calls, itself included."""
+    """Return how many Python functions `call()` calls, itself included."""
     counted = 0
 
     def count(frame, event, argument) -> None:
@@ -42,7 +42,7 @@ def python_calls(call: Callable[[], object]) -> int:
 
 
 def instructions(call: Callable[[], object]) -> int:
-    """How many bytecode instructions `call()` executes; what C functions do on their own is not counted."""
+    """Return how many bytecode instructions `call()` executes; what C functions do on their own is not counted."""
     executed, thread = 0, threading.get_ident()
 
     def count(*_) -> None:

@@ -66,7 +66,7 @@ class Ranks:
             leave_world()
 
     def join(self, processes: int) -> bool:
-        """A process group of the first `processes`; whether this one is among them."""
+        """Return a process group of the first `processes`; whether this one is among them."""
         self._worlds += 1
         if self.rank >= processes:
             return False

@@ -30,7 +30,7 @@ def write_problems(path: Path, count: int = 12) -> Path:
 
 
 def run_config(directory: Path, model: Path, judge: Path, problems: Path, **changes) -> RunConfig:
-    """Three steps of ExpRL-Outcome and two of sparse-reward RL, a checkpoint after each step."""
+    """Return three steps of ExpRL-Outcome and two of sparse-reward RL, a checkpoint after each step."""
     shared = {
         "problems": {"source": str(problems)},
         "problems_per_step": 2,
@@ -60,7 +60,7 @@ def run_config(directory: Path, model: Path, judge: Path, problems: Path, **chan
 
 
 def held_out(problems: Path, every_steps: int) -> dict:
-    """An evaluation of two of the problems, sampled in another way than a stage's."""
+    """Return an evaluation of two of the problems, sampled in another way than a stage's."""
     return {
         "problems": {"source": str(problems), "limit": 2},
         "every_steps": every_steps,
@@ -71,7 +71,7 @@ def held_out(problems: Path, every_steps: int) -> dict:
 
 
 def start_ranks(config: RunConfig, servers: dict[str, Server], resume: bool = False) -> TrainerRanks:
-    """The trainer's processes on servers that are already there."""
+    """Return the trainer's processes on servers that are already there."""
     directory = RunDirectory(config.directory)
     directory.claim(config, resume).release()
     registry = Registry(directory.registry)
@@ -102,7 +102,9 @@ def kill_when(ranks: TrainerRanks, condition: Callable[[], bool], deadline_s: fl
 
 
 def command_words(process) -> list[str]:
-    """The words of a psutil.Process's command, none where it has ended; behind a forked one's title are empty ones."""
+    """Return the words of a psutil.Process's command, none where it has ended; behind a forked one's title are empty
+    ones.
+    """
     try:
         return " ".join(process.cmdline()).split()
     except psutil.NoSuchProcess:

@@ -137,5 +137,5 @@ def sparse(**changes):
 
 
 def drawn(of_stage, first, count):
-    """The problems after the first `first` of the stage, by the seeded order."""
+    """Return the problems after the first `first` of the stage, by the seeded order."""
     return [f"p{i}" for i in problem_indices(3, of_stage.name, first, count, 6)]

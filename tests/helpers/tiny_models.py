@@ -221,7 +221,7 @@ def write_tiny_vision_model(directory: Path, text_model: Path) -> Path:
 
 
 def with_joined_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The experts of each layer in two tensors, as transformers holds them and published files have them."""
+    """Return the experts of each layer in two tensors, as transformers holds them and published files have them."""
     joined = {name: tensor for name, tensor in weights.items() if ".mlp.experts." not in name}
     for layer in sorted({name.split("experts.")[0] for name in weights.keys() - joined.keys()}):
         count = sum(name.startswith(f"{layer}experts.") and name.endswith("up_proj.weight") for name in weights)
@@ -241,7 +241,7 @@ def _write_interval(path: Path) -> None:
 
 
 def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over ASCII with exactly `vocab_size` tokens (103 to about 250) and a chat template."""
+    """Return a byte-level BPE over ASCII with exactly `vocab_size` tokens (103 to about 250) and a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -260,7 +260,7 @@ def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def _olmo3(architecture: Architecture, layers: int) -> dict:
-    """Windows in all layers but every second one."""
+    """Return settings with windows in all layers but every second one."""
     if architecture != "olmo3":
         return {}
     kinds = ["sliding_attention", "full_attention"]

@@ -73,7 +73,7 @@ PROVEN = ("gpt2", "smollm", "qwen", "llama3", "o200k", "deepseek")
 
 @cache
 def tokenizer_of(name: str, merges: int = 500, phrase: bool = True) -> PreTrainedTokenizerFast:
-    """A tokenizer with the rules of that family; `phrase`: one of its added tokens is two words."""
+    """Return a tokenizer with the rules of that family; `phrase`: one of its added tokens is two words."""
     normalizer, splitter, template = _RULES[name]
     backend = Tokenizer(models.BPE())
     if normalizer is not None:

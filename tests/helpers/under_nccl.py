@@ -11,19 +11,19 @@ PATIENCE_S = 25.0
 
 
 def knows_backend(records: Path, patience_s: float = PATIENCE_S) -> dict[str, str]:
-    """The environment of a process that can use the backend, as a server that is configured to; it records in
+    """Return the environment of a process that can use the backend, as a server that is configured to; it records in
     `records`."""
     path = os.pathsep.join(part for part in (str(BACKEND), os.environ.get("PYTHONPATH")) if part)
     return {"PYTHONPATH": path, "NCCL_LIKE_RECORDS": str(records), "NCCL_LIKE_PATIENCE_S": str(patience_s)}
 
 
 def uses_backend(records: Path, patience_s: float = PATIENCE_S) -> dict[str, str]:
-    """The environment of a trainer's process that uses the backend where it would use NCCL on CUDA."""
+    """Return the environment of a trainer's process that uses the backend where it would use NCCL on CUDA."""
     return knows_backend(records, patience_s) | {GROUP_BACKEND: "nccl_like"}
 
 
 def faults(records: Path) -> list[str]:
-    """What NCCL would not have borne, and objects of ours that were sent over a group of it."""
+    """Return what NCCL would not have borne, and objects of ours that were sent over a group of it."""
     from nccl_like.records import read_records
 
     return [
@@ -34,7 +34,7 @@ def faults(records: Path) -> list[str]:
 
 
 def connected(records: Path) -> list[str]:
-    """The groups that went over the backend, as often as they have members."""
+    """Return the groups that went over the backend, as often as they have members."""
     from nccl_like.records import read_records
 
     return [one["text"] for one in read_records(records, "connected")]

@@ -11,7 +11,7 @@ from exprl_megatron.algorithms.batch import MicroBatch, TrainSample
 
 
 def sequences(vocabulary: int, count: int = 7, seed: int = 5) -> list[TrainSample]:
-    """Prompts of 2 to 9 and responses of 3 to 20 random tokens, with advantages.
+    """Return prompts of 2 to 9 and responses of 3 to 20 random tokens, with advantages.
 
     No token is 0: it is the tiny models' padding token, and transformers gives its embedding no gradient.
     """
@@ -30,13 +30,13 @@ def sequences(vocabulary: int, count: int = 7, seed: int = 5) -> list[TrainSampl
 
 
 def equal_sequences(vocabulary: int) -> list[TrainSample]:
-    """Eight sequences of 16 random tokens, which no layout has to pad."""
+    """Return eight sequences of 16 random tokens, which no layout has to pad."""
     ids = torch.randint(1, vocabulary, (8, 16), generator=torch.Generator().manual_seed(9)).tolist()
     return [TrainSample(tuple(row[:4]), tuple(row[4:])) for row in ids]
 
 
 def with_experts(batch: list[TrainSample], layers: int, experts: int, top_k: int, seed: int = 7) -> list[TrainSample]:
-    """The same with experts for each token and layer that no router chose."""
+    """Return the same with experts for each token and layer that no router chose."""
     draw = np.random.default_rng(seed)
     shapes = [(len(sample) - 1, layers, experts) for sample in batch]
     drawn = [draw.permuted(np.broadcast_to(np.arange(experts, dtype=np.uint8), shape), axis=2) for shape in shapes]
@@ -44,12 +44,12 @@ def with_experts(batch: list[TrainSample], layers: int, experts: int, top_k: int
 
 
 def tokens(batch: list[TrainSample]) -> int:
-    """Response tokens."""
+    """Return the number of response tokens."""
     return sum(sequence.response_tokens for sequence in batch)
 
 
 def listed(log_probs) -> list[list[float]]:
-    """What Policy.log_probs gives, as lists that can be compared."""
+    """Return what Policy.log_probs gives, as lists that can be compared."""
     return [row.tolist() for row in log_probs]
 
 

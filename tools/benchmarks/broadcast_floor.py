@@ -54,7 +54,7 @@ def receive(port: int, rank: int, receivers: int) -> None:
 
 
 def _announce(group: dist.ProcessGroup, sizes: Sequence[int] | None) -> list[int]:
-    """The sender's `sizes`, known to all."""
+    """Return the sender's `sizes`, known to all."""
     count = torch.tensor([0 if sizes is None else len(sizes)])
     dist.broadcast(count, group=group, group_src=0)
     told = torch.tensor(sizes) if sizes else torch.zeros(int(count), dtype=torch.int64)

@@ -142,7 +142,7 @@ class FaultedRun:
         self._claim.release()
 
     def learned(self) -> int:
-        """The steps that are in the metrics."""
+        """Return the steps that are in the metrics."""
         return self.paths.metrics.read_text().count("\n") if self.paths.metrics.is_file() else 0
 
     def until(self, condition: Callable[[], bool], deadline_s: float) -> None:
@@ -167,7 +167,7 @@ class FaultedRun:
             time.sleep(_POLL_S)
 
     def throw(self, kind: str, deadline_s: float) -> Outcome:
-        """One fault, however long it lasts, and all that follows until the next step is learned."""
+        """Play one fault, however long it lasts, and all that follows until the next step is learned."""
         starts, stops = dict(self.registry.starts), len(self._stops)
         self._over = False
         self.kinds[kind]()
@@ -181,8 +181,8 @@ class FaultedRun:
         self._ranks.stop()
 
     def wrong(self) -> list[str]:
-        """What is wrong with the run, which is done or ended: see wrong_with; and which faults were not found as they
-        must.
+        """Return what is wrong with the run, which is done or ended: see wrong_with; and which faults were not found as
+        they must.
         """
         aside = [path.name for path in self.paths.checkpoints.iterdir() if DAMAGED in path.name]
         loaded = [] if len(aside) == len(self.damaged) else [f"damaged: {self.damaged}, set aside: {sorted(aside)}"]
@@ -194,7 +194,7 @@ class FaultedRun:
         self.until(lambda: time.monotonic() > until, 10 * most_s + 60)
 
     def choose(self, weights: dict[str, float]) -> str:
-        """A kind of fault by chance."""
+        """Return a kind of fault by chance."""
         return self._random.choices(list(weights), list(weights.values()))[0]
 
     def _begin(self) -> None:

@@ -45,7 +45,7 @@ def measure_checksums(
 
 
 def _processor_s(trainer: Trainer, servers: list[dict]) -> float:
-    """Processor seconds of all processes of both sides until now, on rank 0; a collective."""
+    """Return processor seconds of all processes of both sides until now, on rank 0; a collective."""
     own = trainer.coordinator.collect(time.process_time())
     if own is None:
         return 0.0

@@ -38,7 +38,7 @@ class Load:
         return SamplingConfig(max_new_tokens=self.output_tokens)
 
     def prompts(self, model: Path) -> list[list[int]]:
-        """The token ids that `bench_serving` makes of the same numbers and its `--seed`."""
+        """Return the token ids that `bench_serving` makes of the same numbers and its `--seed`."""
         # Imported here: the memory of a process that only sends shall be the client's.
         from sglang.benchmark.datasets.random import sample_random_requests
         from transformers import AutoTokenizer
@@ -81,7 +81,7 @@ class Place:
 
 
 async def through_our_client(server: Place, prompts: list[list[int]], sampling: SamplingConfig) -> ServedModel:
-    """All prompts at once, as a step's traces are sampled. Raises ServerError."""
+    """Return all prompts at once, as a step's traces are sampled. Raises ServerError."""
     key = authorization(server.key_file)
     async with SGLangClient(server.url, "server", deadline_s=3600.0, headers=key) as client:
         started = time.perf_counter()
@@ -93,7 +93,9 @@ async def through_our_client(server: Place, prompts: list[list[int]], sampling: 
 
 
 def through_bench_serving(server: Place, model: Path, load: Load, stream: bool, directory: Path) -> ServedModel:
-    """The same in a process of `sglang.bench_serving`; `stream` is its default. Raises RunStopped where it fails."""
+    """Return the same in a process of `sglang.bench_serving`; `stream` is its default. Raises RunStopped where it
+    fails.
+    """
     result = directory / f"bench_serving-{time.monotonic_ns()}.jsonl"
     sampling = load.sampling.model_dump() | {"sampling_seed": _SAMPLING_SEED}
     command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", server.url]
@@ -114,7 +116,7 @@ def through_bench_serving(server: Place, model: Path, load: Load, stream: bool, 
 
 
 def peak_of_in_flight(server: Place, prompts: list[list[int]], sampling: SamplingConfig) -> dict[str, float]:
-    """Megabytes (1e6) that this process grew by during the load, at its peak; call in a fresh process."""
+    """Return megabytes (1e6) that this process grew by during the load, at its peak; call in a fresh process."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     before = _peak_mb()
     served = asyncio.run(through_our_client(server, prompts, sampling))

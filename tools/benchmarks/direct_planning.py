@@ -58,7 +58,7 @@ class PlanCost:
 
 
 def measured(case: Case, rank: int) -> PlanCost:
-    """The cost on trainer rank `rank`, in a process of its own."""
+    """Return the cost on trainer rank `rank`, in a process of its own."""
     # Memory that the inputs' making leaves free would hide what the plan takes: that is another process.
     with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         packed = pool.apply(_reported, (case,))
@@ -66,7 +66,7 @@ def measured(case: Case, rank: int) -> PlanCost:
 
 
 def _reported(case: Case) -> list[bytes]:
-    """What the ranks of one server report."""
+    """Return what the ranks of one server report."""
     architecture = _architecture(case)
     shapes = hf_shapes(architecture)
     ranks = server_needs(shapes, case.server_tp, architecture.kv_groups)

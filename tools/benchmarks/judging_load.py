@@ -40,7 +40,7 @@ DISTINCT = 512
 
 
 def outputs_of_models() -> list[list[str]]:
-    """What models wrote about each problem of CHAMP, for those about which there is much."""
+    """Return what models wrote about each problem of CHAMP, for those about which there is much."""
     texts = [_long_texts(record) for record in champ_problems().values()]
     return [found for found in texts if len(found) > 60]
 
@@ -74,7 +74,7 @@ class Load:
         self.answers = ["".join(random.choices(answers, k=4))[:ANSWER] + "\n\nScore: 4" for _ in range(64)]
 
     def replies(self) -> list[str]:
-        """What the judge's server sends."""
+        """Return what the judge's server sends."""
         return [reply(text, self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in self.answers]
 
     def _trace(self, random: Random, outputs: list[str], number: int) -> Trace:
@@ -92,7 +92,7 @@ class Load:
 
 
 def reply(text: str, token_ids: list[int], log_probs: bool = False) -> str:
-    """A reply of /generate, as SGLang writes it."""
+    """Return a reply of /generate, as SGLang writes it."""
     meta = {"output_token_logprobs": [[-0.0109863, token, None] for token in token_ids]} if log_probs else {}
     meta |= {
         "finish_reason": {"type": "stop"},
@@ -128,7 +128,7 @@ class Timed:
         return getattr(self._client, name)
 
     async def generate(self, *arguments: Any, **options: Any) -> Any:
-        """The client's."""
+        """Return the client's."""
         started = time.perf_counter()
         written = await self._client.generate(*arguments, **options)
         if options["max_new_tokens"]:
@@ -136,7 +136,7 @@ class Timed:
         return written
 
     async def generate_all(self, *arguments: Any, **options: Any) -> Any:
-        """The client's."""
+        """Return the client's."""
         started = time.perf_counter()
         written = await self._client.generate_all(*arguments, **options)
         self.late_s.append(time.perf_counter() - started - JUDGE_DELAY_S)
@@ -144,7 +144,7 @@ class Timed:
 
 
 async def sampled(load: Load, policy: SGLangClient, grade: GradeTrace) -> list[GradedTrace]:
-    """The load's traces as a step samples them; each is graded when it is there."""
+    """Return the load's traces as a step samples them; each is graded when it is there."""
     graded: list[GradedTrace] = []
     problems = {problem.id: problem for problem in load.problems}
 
@@ -164,7 +164,7 @@ async def sampled(load: Load, policy: SGLangClient, grade: GradeTrace) -> list[G
 
 
 async def judged(load: Load, model: str, judge_url: str, policy_url: str | None, store: Path) -> dict[str, float]:
-    """All of the load, as training grades it; the traces come from the policy's server where there is one."""
+    """Return all of the load, as training grades it; the traces come from the policy's server where there is one."""
     stage = {"kind": "exprl-process", "name": "a", "steps": 1, "problems": {"source": "x"}}
     tree = {"directory": "d", "policy": {"model": "m"}, "judge": {"model": model}, "stages": [stage]}
     lag, busy = LoopLag(), [0.0]

@@ -31,20 +31,20 @@ class Throughput:
 
 
 def known_gpu(device_name: str) -> Gpu | None:
-    """The planner's entry for what torch.cuda.get_device_name says, the longest name that fits."""
+    """Return the planner's entry for what torch.cuda.get_device_name says, the longest name that fits."""
     fitting = [name for name in GPUS if name in device_name.lower()]
     return GPUS[max(fitting, key=len)] if fitting else None
 
 
 def throughput(figures: LayerFigures, work: Work, layers: int, tp: int, gpu: Gpu | None) -> Throughput:
-    """The medians of `figures`, at the depth of `layers`."""
+    """Return the medians of `figures`, at the depth of `layers`."""
     seconds = median(figures.seconds(work, layers))
     architecture = replace(work.architecture, layers=layers)
     return _throughput(figures.precision, architecture, work, seconds, tp, gpu)
 
 
 def predicted(architecture: Architecture, kind: PrecisionKind, work: Work, tp: int, gpu: Gpu) -> Throughput:
-    """What the planner expects of one micro-batch of the whole `architecture` on `gpu`."""
+    """Return what the planner expects of one micro-batch of the whole `architecture` on `gpu`."""
     found = training_time(
         architecture,
         Layout(tp=tp, sequence_parallel=tp > 1),
@@ -67,7 +67,7 @@ def _throughput(kind: PrecisionKind, architecture: Architecture, work: Work, sec
 
 
 def line(found: Throughput, peak_bytes: int | None = None) -> str:
-    """One row of the report."""
+    """Return one row of the report."""
     text = f"  {found.precision:15} {found.seconds:10.4f} s {found.tokens_per_s_per_gpu:10,.0f} tok/s/GPU "
     text += f"{found.tflops_per_gpu:8.2f} TFLOP/s"
     if found.mfu is not None:
@@ -76,7 +76,7 @@ def line(found: Throughput, peak_bytes: int | None = None) -> str:
 
 
 def measured_lines(all_figures: list[LayerFigures], work: Work, full: int, tp: int, gpu: Gpu | None) -> list[str]:
-    """The measured part of the report, `full` being the published model's depth."""
+    """Return the measured part of the report, `full` being the published model's depth."""
     lines = [f"measured, {work.architecture.layers} layers with embedding and output layer, forward and backward:"]
     for figures in all_figures:
         lines.append(line(throughput(figures, work, work.architecture.layers, tp, gpu), figures.peak_bytes))
@@ -109,7 +109,7 @@ def speedup_lines(all_figures: list[LayerFigures], work: Work, full: int) -> lis
 
 
 def predicted_lines(architecture: Architecture, kinds: list[PrecisionKind], work: Work, tp: int, gpu: Gpu) -> list[str]:
-    """The planner's figures for the published widths, at this depth and at the full one, each line marked."""
+    """Return the planner's figures for the published widths, at this depth and at the full one, each line marked."""
     lines = []
     for layers in (work.architecture.layers, architecture.layers):
         model = replace(architecture, layers=layers)

@@ -51,25 +51,27 @@ class LayerFigures:
     """Most of the device's memory that tensors of this precision take during a step, weights and gradients included."""
 
     def seconds(self, work: Work, layers: int) -> tuple[float, ...]:
-        """What as many layers with embedding and output layer would take, for each round."""
+        """Return what as many layers with embedding and output layer would take, for each round."""
         return tuple(
             deep + (layers - work.architecture.layers) * per_layer(deep, shallow, work)
             for deep, shallow in zip(self.deep_s, self.shallow_s, strict=True)
         )
 
     def extrapolates(self, work: Work) -> bool:
-        """Whether the deeper model took longer in every round; where noise hides that, no other depth is inferred."""
+        """Return whether the deeper model took longer in every round; where noise hides that, no other depth is
+        inferred.
+        """
         pairs = zip(self.deep_s, self.shallow_s, strict=True)
         return all(per_layer(deep, shallow, work) > 0 for deep, shallow in pairs)
 
 
 def per_layer(deep: float, shallow: float, work: Work) -> float:
-    """Seconds of one layer: what the deeper model takes longer, by the layers that it has more."""
+    """Return seconds of one layer: what the deeper model takes longer, by the layers that it has more."""
     return (deep - shallow) / (work.architecture.layers - work.shallow)
 
 
 def narrowed(architecture: Architecture, factor: int, tp: int) -> Architecture:
-    """The same family with every width divided by `factor`, but heads of the same size."""
+    """Return the same family with every width divided by `factor`, but heads of the same size."""
     if architecture.experts is not None:
         raise UserError("The benchmark of layers knows dense models alone; choose another model.")
     groups = max(tp, architecture.kv_groups // factor)
@@ -84,7 +86,7 @@ def narrowed(architecture: Architecture, factor: int, tp: int) -> Architecture:
 
 
 def policy_config(work: Work, kind: PrecisionKind, tp: int) -> PolicyConfig:
-    """What a precision is measured with."""
+    """Return what a precision is measured with."""
     return PolicyConfig(
         model="random",
         layout=Layout(tp=tp, sequence_parallel=tp > 1),
@@ -97,7 +99,7 @@ def policy_config(work: Work, kind: PrecisionKind, tp: int) -> PolicyConfig:
 
 
 def measure_layers(work: Work, kinds: list[PrecisionKind], tp: int, rounds: int, world: World) -> list[LayerFigures]:
-    """Figures of each precision; they take turns within every round, after two steps of each to warm up.
+    """Return figures of each precision; they take turns within every round, after two steps of each to warm up.
 
     All weights are held at the same time, gradients of one precision at a time: those are the ordinary ones in the
     parameters' format, not Megatron's fp32 buffers.
@@ -132,7 +134,7 @@ def speedups(slow: LayerFigures, fast: LayerFigures, work: Work, layers: int) ->
 
 
 def _model(work: Work, kind: PrecisionKind, tp: int, world: World) -> tuple[torch.nn.Module, Callable[[], None]]:
-    """A model in this precision, and its forward and backward pass."""
+    """Return a model in this precision, and its forward and backward pass."""
     config = policy_config(work, kind, tp)
     chunks = build_chunks(work.architecture, config, world)
     _fill(chunks[0], work.architecture)
@@ -159,7 +161,7 @@ def _fill(chunk: torch.nn.Module, architecture: Architecture) -> None:
 
 
 def _timed(chunk: torch.nn.Module, step: Callable[[], None], layers: int | None = None) -> float:
-    """Seconds of a step through the first `layers` layers; the gradients are dropped afterwards."""
+    """Return seconds of a step through the first `layers` layers; the gradients are dropped afterwards."""
     whole = chunk.decoder.layers
     chunk.decoder.layers = whole[:layers]
     try:

@@ -33,7 +33,7 @@ class Replies:
             self._sampled.add(_key(reply["output_ids"], log_probs, reply["text"]))
 
     def unsent(self, group: Group) -> Iterator[str]:
-        """What the group's traces and scores have that no server sent."""
+        """Yield what the group's traces and scores have that no server sent."""
         for member in group.samples:
             trace = member.trace
             if _key(trace.token_ids, trace.log_probs, trace.text) not in self._sampled:
@@ -48,7 +48,7 @@ class Replies:
 
 
 def wrong_with(config: RunConfig, replies: Replies | None = None, steps: int | None = None) -> list[str]:
-    """What a run of one strictly on-policy stage has lost, counted twice, or learned from wrong weights.
+    """Return what a run of one strictly on-policy stage has lost, counted twice, or learned from wrong weights.
 
     In its first `steps` steps, after which it was ended (None: in all). With `replies`, also what it learned that no
     server of its own sent.

@@ -27,7 +27,7 @@ class PacedReplies:
         self._first_at: float | None = None
 
     async def reply(self, request: bytes) -> bytes:
-        """The next reply, when it is due."""
+        """Return the next reply, when it is due."""
         if b'"max_new_tokens":0' in request:
             return _NOTHING
         several = request.count(b'"max_new_tokens"') if _SEVERAL in request else None

@@ -10,7 +10,7 @@ from exprl_megatron.utils.accelerator import uses_cuda
 
 
 def extra_bytes(call: Callable[[], object]) -> int:
-    """Bytes of tensors on the device at the highest point of `call`, less those that were there before it.
+    """Return bytes of tensors on the device at the highest point of `call`, less those that were there before it.
 
     Counted by torch's allocator: on CUDA it keeps the maximum, on a CPU the profiler tells of every piece.
     """

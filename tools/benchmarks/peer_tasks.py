@@ -43,7 +43,7 @@ def threads(processes: int) -> int:
 
 
 def our_config(task: Task, directory: Path, steps: int) -> dict:
-    """A run of one stage; trainer ranks take their threads from the environment."""
+    """Return a run of one stage; trainer ranks take their threads from the environment."""
     stage = {
         "name": "sparse",
         "kind": "sparse-rl",
@@ -76,7 +76,7 @@ def our_config(task: Task, directory: Path, steps: int) -> dict:
 
 
 def trl_task(task: Task, directory: Path, steps: int) -> dict:
-    """The file that tools/peer/trl_grpo.py reads."""
+    """Return the file that tools/peer/trl_grpo.py reads."""
     same = ("problems_per_step", "group_size", "max_new_tokens", "temperature", "answer_pattern", "system", "seed")
     return {
         **{name: getattr(task, name) for name in same},
@@ -96,7 +96,7 @@ def write_problems(source: Path, count: int, path: Path) -> None:
 
 
 def priming_config(model: Path, examples: Path, directory: Path) -> dict:
-    """A run that teaches the miniature's policy to work its chains to their end, as the demo's first stage does.
+    """Return a run that teaches the miniature's policy to work its chains to their end, as the demo's first stage does.
 
     The shipped policy mostly stops after one step of a chain, and so would time little but overhead.
     """

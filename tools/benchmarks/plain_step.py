@@ -31,7 +31,7 @@ class PlainStep:
         )
 
     def step(self, sequences: Sequence[TrainSample], denominator: float) -> tuple[float, float]:
-        """One optimizer step on sum(-advantage x log-prob) / denominator; that loss, and the gradient's norm."""
+        """Take an optimizer step on sum(-advantage x log-prob) / denominator; returns loss and gradient norm."""
         lengths = [len(sequence) for sequence in sequences]
         (micros,) = plan_micro_batches(lengths, ranks=1, budget=self._budget, shape=PackingShape(packed=False))
         total = 0.0
@@ -58,6 +58,6 @@ class PlainStep:
 def weighted_loss(
     log_probs: torch.Tensor, entropy: torch.Tensor, micro: MicroBatch
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The policy gradient's plainest loss, sum of -advantage x log-prob; `entropy` is not used."""
+    """Return the policy gradient's plainest loss, sum of -advantage x log-prob; `entropy` is not used."""
     loss = -(log_probs * micro.advantages * micro.mask).sum()
     return loss, {"loss": loss.detach()}

@@ -48,7 +48,7 @@ class Comparison:
 
 
 def make_sequences(vocabulary: int, count: int, longest: int, spread: float, seed: int = 0) -> list[TrainSample]:
-    """Random tokens, a quarter of each sequence prompt, with random advantages.
+    """Return random tokens, a quarter of each sequence prompt, with random advantages.
 
     Lengths fall from `longest` to (1 - spread) x `longest`; spread 0 makes all alike.
     """
@@ -105,12 +105,12 @@ def profile_table(step: Step, rows: int = 15) -> str:
 
 
 def vocabulary(directory: str | Path) -> int:
-    """Tokens of the model in `directory`."""
+    """Return the number of tokens of the model in `directory`."""
     return read_architecture(directory).vocabulary
 
 
 def _timed(step: Step) -> tuple[float, float]:
-    """Wall and processor seconds of a step."""
+    """Return wall and processor seconds of a step."""
     wall, cpu = time.perf_counter(), time.process_time()
     step()
     return time.perf_counter() - wall, time.process_time() - cpu

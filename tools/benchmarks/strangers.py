@@ -44,7 +44,8 @@ _DEADLINE_S = 120.0
 
 
 async def let_in(url: str, routes: Mapping[str, dict | None]) -> list[str]:
-    """All of `routes`, with no key and with wrong ones, side by side; those that were not refused as unauthorized.
+    """Return all of `routes`, with no key and with wrong ones, side by side; those that were not refused as
+    unauthorized.
 
     Bytes that are no HTTP are sent as well, to which any answer will do, or none.
     """

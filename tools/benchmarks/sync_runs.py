@@ -52,7 +52,7 @@ class Measured:
 
 
 def write_model(directory: Path, size_bytes: float, seed: int = 0) -> Path:
-    """A Qwen3 of about `size_bytes` in bf16 with random weights, no tokenizer."""
+    """Return a Qwen3 of about `size_bytes` in bf16 with random weights, no tokenizer."""
     layer = 2 * (2 * _HIDDEN * _HIDDEN + 2 * _HIDDEN * _HIDDEN // 2 + 3 * _HIDDEN * _FFN)
     config = {
         "architectures": ["Qwen3ForCausalLM"],
@@ -152,7 +152,7 @@ def measure(
 
 
 def to_dict(measured: Measured) -> dict:
-    """What goes into the JSON file."""
+    """Return what goes into the JSON file."""
     return asdict(measured) | {"share": measured.share}
 
 

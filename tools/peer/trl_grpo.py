@@ -87,7 +87,7 @@ class TimedTrainer(GRPOTrainer):
 
 
 def dataset(task: dict) -> Dataset:
-    """The task's problems as chats."""
+    """Return the task's problems as chats."""
     system = [{"role": "system", "content": task["system"]}] if task["system"] else []
     rows = [json.loads(line) for line in Path(task["problems"]).read_text(encoding="utf-8").splitlines()]
     return Dataset.from_list(
@@ -106,7 +106,9 @@ def reward(pattern: str):
 
 
 def config(task: dict) -> GRPOConfig:
-    """One update a step on all of its traces, no reference model, no recomputation: the fastest that TRL has here."""
+    """Return the fastest settings of TRL here: one update a step on all of its traces, no reference model, no
+    recomputation.
+    """
     return GRPOConfig(
         output_dir=task["directory"],
         use_cpu=True,

@@ -44,7 +44,7 @@ class DataSet:
     """A second data set, whose rows hold solutions to rows of the first by their place in it."""
 
     def rows(self, split: str | None, copy: Path | None) -> Iterator[Row]:
-        """All rows, from the hub or from a `copy` (a file of rows, or a directory like the hub's)."""
+        """Return all rows, from the hub or from a `copy` (a file of rows, or a directory like the hub's)."""
         if copy is not None and not copy.exists():
             raise UserError(f"There is no copy of the data set at {copy}; correct the path.")
         is_file = copy is not None and copy.is_file()
@@ -183,14 +183,14 @@ PACKAGED: dict[str, tuple[str, Callable[[Options], Iterator[Record]]]] = {
 
 
 def names() -> dict[str, str]:
-    """Every data set's name and what it is."""
+    """Return every data set's name and what it is."""
     return {name: entry.about for name, entry in HUB.items()} | {name: about for name, (about, _) in PACKAGED.items()}
 
 
 def candidates(
     name: str, options: Options, split: str | None = None, copy: Path | None = None, solutions: Path | None = None
 ) -> Iterator[Record | None]:
-    """The records of a data set in its order, None for each row that is filtered out.
+    """Yield the records of a data set in its order, None for each row that is filtered out.
 
     `split` is read instead of the data set's own; `copy` and `solutions` lie on this machine and are read instead of
     the hub. Raises UserError where rows cannot be read or are not of the form that the data set is known to have.
@@ -213,7 +213,7 @@ def candidates(
 
 
 def _solutions(hub: str, copy: Path | None) -> dict[int, Row]:
-    """The rows with solutions by the place of their problem in the other data set."""
+    """Return the rows with solutions by the place of their problem in the other data set."""
     rows = hub_rows(hub, "train") if copy is None else file_rows(copy)
     return {row["extra_info"]["index"]: row for row in rows}
 

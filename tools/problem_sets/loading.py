@@ -13,13 +13,14 @@ from problem_sets.record import Row
 
 
 def hub_rows(name: str, split: str, config: str | None = None) -> Iterator[Row]:
-    """The rows of a data set that the hub (or a directory laid out like its copy) serves as tables."""
+    """Yield the rows of a data set that the hub (or a directory laid out like its copy) serves as tables."""
     with _told_in_one_sentence(name):
         yield from datasets.load_dataset(name, config, split=split, streaming=True)
 
 
 def hub_lines(name: str, files: tuple[str, ...]) -> Iterator[Row]:
-    """The rows of a data set that the hub (or a directory, its copy) holds as JSON-lines files, in the files' order.
+    """Yield the rows of a data set that the hub (or a directory, its copy) holds as JSON-lines files, in the files'
+    order.
 
     Each line is parsed by itself: some are hundreds of megabytes long, and their fields differ.
     """
@@ -31,7 +32,7 @@ def hub_lines(name: str, files: tuple[str, ...]) -> Iterator[Row]:
 
 
 def file_rows(path: Path) -> Iterator[Row]:
-    """The rows of a JSON file (a list), a JSON-lines file or a Parquet file."""
+    """Yield the rows of a JSON file (a list), a JSON-lines file or a Parquet file."""
     with _told_in_one_sentence(str(path)):
         if path.suffix == ".parquet":
             yield from datasets.load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)

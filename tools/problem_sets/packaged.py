@@ -53,7 +53,7 @@ def _gsm_templates() -> list:
 
 
 def _variants(template, replacements: dict, count: int, seed: int) -> list:
-    """Different questions of one template: numbers are drawn until they meet its conditions.
+    """Return different questions of one template, whose numbers are drawn until they meet its conditions.
 
     The package's own generator draws from the list of all numbers that do, which takes minutes to make.
     """

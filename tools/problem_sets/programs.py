@@ -40,7 +40,7 @@ def livecodebench(row: Row, max_tests: int | None = None, reference: str | None 
 
 
 def livecodebench_solution(row: Row, other: Row) -> str | None:
-    """The solution in `other`, a row of the set of solutions, where it passed all tests.
+    """Return the solution in `other`, a row of the set of solutions, where it passed all tests.
 
     Raises UserError where it is the solution of another question than `row`'s.
     """
@@ -78,7 +78,7 @@ def _private_tests(packed: str) -> list[dict]:
 
 
 def pickled_text(pickled: bytes) -> str:
-    """The string that `pickled` holds, read from its opcodes without running any of them.
+    """Return the string that `pickled` holds, read from its opcodes without running any of them.
 
     Raises UserError where it holds anything but one string, such as a name that unpickling would call.
     """

@@ -37,7 +37,7 @@ def record(
 
 
 def text(value: Any) -> str | None:
-    """A text or a number as stripped text; None where there is nothing."""
+    """Return a text or a number as stripped text; None where there is nothing."""
     return None if value is None else str(value).strip() or None
 
 

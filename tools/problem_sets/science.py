@@ -48,7 +48,7 @@ def sciknoweval_multiple_choice(row: Row) -> Record | None:
 
 
 def sciknoweval_open_ended_with_solution(row: Row) -> Record | None:
-    """The open-ended questions with a model's solution that was found to agree with the data set's answer."""
+    """Return the open-ended questions with a model's solution that was found to agree with the data set's answer."""
     info = row["extra_info"]
     question, solution = text(info["question"]), text(info["solution"])
     if not info["oracle_verified"] or question is None or solution is None:
@@ -57,7 +57,7 @@ def sciknoweval_open_ended_with_solution(row: Row) -> Record | None:
 
 
 def sciknoweval_multiple_choice_with_solution(row: Row) -> Record | None:
-    """The multiple-choice questions with a model's solution that ends in the right letter."""
+    """Return the multiple-choice questions with a model's solution that ends in the right letter."""
     info = row["extra_info"]
     solution = text(info["solution"])
     if not info["oracle_verified"] or solution is None:

@@ -42,7 +42,7 @@ class Cost:
 
 
 def stations() -> dict[str, Station]:
-    """Every station of this package, by name, in the order of their modules."""
+    """Return every station of this package, by name, in the order of their modules."""
     modules = (
         importlib.import_module(f"{host.__name__}.{found.name}") for found in pkgutil.iter_modules(host.__path__)
     )
@@ -50,7 +50,7 @@ def stations() -> dict[str, Station]:
 
 
 def measured(name: str, workload: Workload) -> Cost:
-    """The cost of the station `name` for a step of that size, in a process of its own."""
+    """Return the cost of the station `name` for a step of that size, in a process of its own."""
     with get_context("fork").Pool(1) as pool:
         return pool.apply(_measure, (name, workload))
 
@@ -60,7 +60,7 @@ def _measure(name: str, workload: Workload) -> Cost:
 
 
 def measure(station: Station, workload: Workload) -> Cost:
-    """The station's cost for `workload`, in this process, which should do nothing else.
+    """Return the station's cost for `workload`, in this process, which should do nothing else.
 
     The work is done for a small workload before, so that imports and first calls do not count.
     """
@@ -82,6 +82,6 @@ def _kernel_s() -> float:
 
 
 def memory(field: str) -> int:
-    """Bytes of this process, by a field of Linux's /proc/self/status."""
+    """Return bytes of this process, by a field of Linux's /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))

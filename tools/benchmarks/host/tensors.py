@@ -14,7 +14,7 @@ from exprl_megatron.policy.world import World
 
 
 def prepare(workload: Workload) -> Callable[[], object]:
-    """One data-parallel rank's micro-batches, each dropped when the next one is made."""
+    """Return one data-parallel rank's micro-batches, each dropped when the next one is made."""
     world = World(Layout(cp=2), torch.device("cpu"), rank=0, tp_rank=0, pp_rank=0, dp_rank=0)
     sequences = workload.sequences
     plan = plan_micro_batches([len(sequence) for sequence in sequences], 1, workload.budget, SHAPE)

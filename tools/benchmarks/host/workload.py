@@ -88,7 +88,7 @@ class Workload:
 
 
 def graded(draw: np.random.Generator, problem_id: str, sample: int, prompt: np.ndarray, tokens: int) -> GradedTrace:
-    """A trace with its judgements."""
+    """Return a trace with its judgements."""
     trace = Trace(
         problem_id,
         sample,
