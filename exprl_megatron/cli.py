@@ -89,7 +89,7 @@ def train(
         if dry_run:
             from exprl_megatron.launch.dry_run import print_start
 
-            # Servers that are registered, or a run of several nodes, are not this machine's to place.
+            # Registered servers, and those of a run of several nodes, are placed elsewhere.
             here = servers is ServersFrom.OWN and nodes == 1
             print_start(load_config(config, changes), **({"check_servers": check_server_start} if here else {}))
             return

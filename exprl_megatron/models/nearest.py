@@ -49,7 +49,8 @@ def nearest(name: str, tree: Settings) -> str:
 
     def distance(known: str) -> float:
         differing = sum(_WEIGHTS[feature] for feature in wanted ^ FEATURES[known])
-        # What comes behind the family's own name, as `ForConditionalGeneration`, decides between its own forms alone.
+        # The suffix of the family's name, such as `ForConditionalGeneration`, only distinguishes the family's own
+        # forms.
         family = SequenceMatcher(None, name.split("For")[0], known.split("For")[0]).ratio()
         form = SequenceMatcher(None, name, known).ratio()
         return differing - _NAME * (family if family >= _LIKE else 0) - 0.01 * form * (family >= _LIKE)

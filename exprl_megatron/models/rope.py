@@ -189,7 +189,7 @@ def _scaling_of(kind: str, rope: dict, tree: dict) -> RopeScaling | None:
 
 
 def _yarn(rope: dict, factor: float, original: int) -> YarnScaling:
-    # SGLang takes a null for a number.
+    # SGLang would use a null as a number.
     fast, slow = (_positive(name, rope.get(name, value)) for name, value in (("beta_fast", 32.0), ("beta_slow", 1.0)))
     if fast <= slow:
         raise _Unsupported(f"beta_fast {fast:g}, which is not above beta_slow {slow:g}")

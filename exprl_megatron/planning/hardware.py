@@ -1,6 +1,6 @@
 """The GPUs that the planner knows: datasheet figures, dense peaks, per GPU, in SI units."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from exprl_megatron.errors import UserError
 
@@ -54,41 +54,29 @@ class Gpu:
 _HOPPER = frozenset({"fp8-delayed", "fp8-tensorwise", "fp8-blockwise"})
 _BLACKWELL = frozenset({"fp8-delayed", "fp8-tensorwise", "mxfp8"})
 
+# NVIDIA H100 datasheet, SXM column (its tensor figures are with sparsity: halved here); 132 SMs; NVLink 900 GB/s and
+# ConnectX-7 400 Gb/s per GPU both ways (DGX H100 datasheet); PCIe 5.0 x16 to the host, whose 16 channels of DDR5-4800
+# serve 8 GPUs.
+_H100 = Gpu(
+    name="H100 SXM",
+    memory_bytes=int(79.1 * GIB),
+    fp32_flops=67e12,
+    bf16_flops=989.4e12,
+    fp8_flops=1978.9e12,
+    hbm_bytes_per_s=3.35e12,
+    nvlink_bytes_per_s=450e9,
+    nic_bytes_per_s=50e9,
+    host_bytes_per_s=64e9,
+    host_memory_bytes_per_s=77e9,
+    gpus_per_node=8,
+    multiprocessors=132,
+    fp8_kinds=_HOPPER,
+)
+
 GPUS: dict[str, Gpu] = {
-    # NVIDIA H100 datasheet, SXM column (its tensor figures are with sparsity: halved here); 132 SMs; NVLink 900 GB/s
-    # and ConnectX-7 400 Gb/s per GPU both ways (DGX H100 datasheet); PCIe 5.0 x16 to the host, whose 16 channels of
-    # DDR5-4800 serve 8 GPUs.
-    "h100": Gpu(
-        name="H100 SXM",
-        memory_bytes=int(79.1 * GIB),
-        fp32_flops=67e12,
-        bf16_flops=989.4e12,
-        fp8_flops=1978.9e12,
-        hbm_bytes_per_s=3.35e12,
-        nvlink_bytes_per_s=450e9,
-        nic_bytes_per_s=50e9,
-        host_bytes_per_s=64e9,
-        host_memory_bytes_per_s=77e9,
-        gpus_per_node=8,
-        multiprocessors=132,
-        fp8_kinds=_HOPPER,
-    ),
+    "h100": _H100,
     # NVIDIA H200 datasheet: H100's cores with 141 GB at 4.8 TB/s.
-    "h200": Gpu(
-        name="H200 SXM",
-        memory_bytes=int(139.8 * GIB),
-        fp32_flops=67e12,
-        bf16_flops=989.4e12,
-        fp8_flops=1978.9e12,
-        hbm_bytes_per_s=4.8e12,
-        nvlink_bytes_per_s=450e9,
-        nic_bytes_per_s=50e9,
-        host_bytes_per_s=64e9,
-        host_memory_bytes_per_s=77e9,
-        gpus_per_node=8,
-        multiprocessors=132,
-        fp8_kinds=_HOPPER,
-    ),
+    "h200": replace(_H100, name="H200 SXM", memory_bytes=int(139.8 * GIB), hbm_bytes_per_s=4.8e12),
     # DGX B200 datasheet: 72 PFLOP/s sparse FP8 and 64 TB/s over 8 GPUs; NVLink 1.8 TB/s, 400 Gb/s network, DDR5-5600;
     # 148 SMs. Short products: 1,745 and 3,432.5 TFLOP/s, table of maximum achievable matmul FLOPS, ml-engineering
     # (github.com/stas00/ml-engineering, compute/accelerator).

@@ -20,7 +20,7 @@ def find_config(target: str, overrides: list[str], judge: str | None = None) -> 
     tokens. Raises UserError where there is neither file nor model.
     """
     if Path(target).suffix in (".yaml", ".yml"):
-        # What is planned for are GPUs, wherever it is planned.
+        # The plan is for GPUs, also where this machine has none.
         return load_config(target, overrides).with_precision(cuda=True), True
     find_architecture(target)
     return resolve_config(OmegaConf.create(_around(target, judge)), overrides, target).with_precision(cuda=True), False

@@ -82,25 +82,14 @@ def training_time(
     rank = RankWorkload(architecture, layout, precision, sequence_length, tokens, gpu, features)
     stage = _slowest_stage(rank, _head(rank, True), recompute)
     stage_backward = stage.backward.total + stage.again
-    both = (stage.forward + stage.backward) * batches
-    peak_name, peak = gpu.peak(precision.kind)
-    return TrainingTime(
-        gemm_s=both.gemm,
-        attention_s=both.attention,
-        tp_comm_s=both.tp,
-        cp_comm_s=both.cp,
-        ep_comm_s=both.ep,
+    flops = model_flops(architecture, sequence_length) * global_tokens
+    time = _passes_time(rank, stage, stage.forward + stage.backward, batches, global_tokens, flops)
+    return replace(
+        time,
         pp_s=_pipeline(rank, stage.forward.total, stage_backward, batches),
         dp_comm_s=_data_parallel(rank, stage.layers, stage.forward.total, stage_backward, batches),
         recompute_s=stage.again * batches,
-        head_s=stage.head * batches,
-        memory_bound_s=both.memory,
         optimizer_s=_optimizer(rank, stage.layers),
-        tokens=global_tokens,
-        gpus=layout.world_size,
-        flops=model_flops(architecture, sequence_length) * global_tokens,
-        peak_name=peak_name,
-        peak_flops=peak,
     )
 
 
@@ -125,8 +114,19 @@ def log_prob_time(
     tokens = global_tokens / (batches * layout.dp * layout.cp)
     rank = RankWorkload(architecture, layout, precision, sequence_length, tokens, gpu, features)
     stage = _slowest_stage(rank, _head(rank, False))
-    every = stage.forward * batches
-    peak_name, peak = gpu.peak(precision.kind)
+    flops = model_flops(architecture, sequence_length, training=False) * global_tokens
+    return _passes_time(rank, stage, stage.forward, batches, global_tokens, flops)
+
+
+def _passes_time(
+    rank: RankWorkload, stage: "_Stage", layers: LayerTime, batches: int, global_tokens: int, flops: float
+) -> TrainingTime:
+    """Return the seconds of `batches` micro-batches, each of which takes `layers` and the head; pipelined forward.
+
+    `flops` are the model's own operations for `global_tokens` tokens.
+    """
+    every = layers * batches
+    peak_name, peak = rank.gpu.peak(rank.precision.kind)
     return TrainingTime(
         gemm_s=every.gemm,
         attention_s=every.attention,
@@ -140,8 +140,8 @@ def log_prob_time(
         memory_bound_s=every.memory,
         optimizer_s=0.0,
         tokens=global_tokens,
-        gpus=layout.world_size,
-        flops=model_flops(architecture, sequence_length, training=False) * global_tokens,
+        gpus=rank.layout.world_size,
+        flops=flops,
         peak_name=peak_name,
         peak_flops=peak,
     )

@@ -300,7 +300,7 @@ def install() -> bool:
     sys.meta_path.insert(0, _Importer())
     share_gloo_device()
     for missing in ("Transformer Engine and Apex are not", "Apex is not"):
-        # Said by half a dozen modules at import; on a CPU neither has a use.
+        # Several modules warn about these at import; on a CPU neither is used.
         warnings.filterwarnings("ignore", message=f"{missing} installed")
     # A warning about a CUDA toolkit without a GPU does not help a user who runs without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

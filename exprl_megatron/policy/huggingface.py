@@ -105,7 +105,7 @@ def save_huggingface(
 def write_config(origin: Path, directory: Path, dtype: str, **changes) -> None:
     """Write `origin`'s config.json into `directory`, with the weights' dtype and `changes` in it."""
     config = json.loads((origin / "config.json").read_text(encoding="utf-8"))
-    # A vision model says it of its language model too.
+    # A vision model also states it for its language model.
     for section in (config, config.get("text_config")):
         if section is config or (section and {"dtype", "torch_dtype"} & section.keys()):
             section["torch_dtype" if "torch_dtype" in section else "dtype"] = dtype

@@ -49,7 +49,7 @@ class Offload:
             for storage in storages:
                 storage.resize_(0)
         if self._cuda:
-            # Buckets that servers have let go of since they were freed here; until then torch keeps them as used.
+            # Frees buckets that servers have released since then; until now torch counted them as used.
             torch.cuda.ipc_collect()
             torch.cuda.empty_cache()
 

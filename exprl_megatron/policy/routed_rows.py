@@ -44,7 +44,7 @@ def stage_experts(sample: TrainSample, layers: Sequence[int]) -> np.ndarray | No
         return None
     own = sample.routed_layers or tuple(range(sample.routed_experts.shape[1]))
     if own == tuple(layers):
-        # A rank that received its stage's layers alone; a copy for each pass would be of most of the bytes of a step.
+        # This rank received only its stage's layers; a copy in each pass would be of most of the bytes of a step.
         return sample.routed_experts
     return sample.routed_experts[:, [own.index(layer) for layer in layers]]
 

@@ -118,7 +118,7 @@ def _become(request: ForkRequest, descriptors: list[int], parent: int) -> NoRetu
         os.environ.update(environment)
         _run(request)
 
-    # Nothing of what the fork server has imported ends here.
+    # Exit handlers of the fork server's modules must not run here.
     os._exit(shell_status(supervise(parent, request.grace_s, start)))
 
 

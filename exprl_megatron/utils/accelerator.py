@@ -87,7 +87,7 @@ def _devices_elsewhere(visible: str | None) -> tuple[bool, int]:
     """Return what `_torch_devices` says in a new process; `visible` is CUDA_VISIBLE_DEVICES here and there."""
     done = subprocess.run([sys.executable, "-m", __name__], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        # Torch cannot be imported there: what the reason is, the import here says.
+        # Torch cannot be imported there; the import here raises the reason.
         return _torch_devices()
     seen, count = json.loads(done.stdout.splitlines()[-1])
     return seen, count

@@ -14,7 +14,7 @@ _FOR_RANKS = {
     # One queue of work for each GPU, so that communication starts in the order in which it is issued and overlaps with
     # computation; Megatron's own scripts require it for tp or cp of 2 or more on Hopper and before.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # FlashAttention 4 is a beta that SGLang brings along. NVTE_FLASH_ATTN=0 would make Megatron refuse to build a model
+    # FlashAttention 4 is a beta that SGLang installs. NVTE_FLASH_ATTN=0 would make Megatron refuse to build a model
     # whose attention backend is `auto`.
     "NVTE_FLASH_ATTN_V4": "0",
 }

@@ -11,22 +11,19 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-import torch
-
 from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
+from exprl_megatron.weight_sync.memory_transport import MemoryTransport
 from exprl_megatron.weight_sync.rounds import send_rounds
 from exprl_megatron.weight_sync.timing import SyncTimes
 from exprl_megatron.weight_sync.weight_exporter import FilledBucket, WeightExporter
 from exprl_megatron.weight_sync.weight_groups import CAUSE_S, WeightGroups, broadcast_error
 
 
-class BroadcastTransport:
-    """See Transport. `server_tp` is the tensor parallelism of each server; `clients` are needed on rank 0 alone."""
-
-    source_ranks = None
+class BroadcastTransport(MemoryTransport):
+    """See Transport and MemoryTransport."""
 
     def __init__(
         self,
@@ -36,20 +33,13 @@ class BroadcastTransport:
         coordinator: RankCoordinator,
         deadline_s: float,
     ):
-        self._clients = clients
-        self._world = world
-        self._coordinator = coordinator
-        self._deadline_s = deadline_s
+        super().__init__(clients, server_tp, world, coordinator, deadline_s)
         self._groups = WeightGroups(server_tp, world, coordinator, deadline_s)
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
         """Push weights to these servers from now on; releases what was shared with the former ones. A collective."""
         self._groups.abort()
         self._clients = list(clients)
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """Allocate a bucket: uint8 [nbytes], on this rank's device."""
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._world.device)
 
     async def push(self, exporter: WeightExporter, version: str, times: SyncTimes) -> None:
         """Send all rounds of `exporter` as `version` and add the seconds to `times`; rank 0 only.

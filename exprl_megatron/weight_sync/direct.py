@@ -39,6 +39,7 @@ from exprl_megatron.weight_sync.groups import (
     rendezvous_store,
     timeout_s,
 )
+from exprl_megatron.weight_sync.memory_transport import MemoryTransport
 from exprl_megatron.weight_sync.p2p_schedule import TransferPlan
 from exprl_megatron.weight_sync.p2p_sender import P2PSender
 from exprl_megatron.weight_sync.shard_table import shard_table
@@ -52,10 +53,8 @@ class CannotReceive(UserError):
     """A healthy server cannot receive shards: it has another loader, or one that cannot be traced."""
 
 
-class DirectTransport:
-    """See Transport. `server_tp` is the tensor parallelism of each server; `clients` are needed on rank 0 alone."""
-
-    source_ranks = None
+class DirectTransport(MemoryTransport):
+    """See Transport and MemoryTransport."""
 
     def __init__(
         self,
@@ -65,11 +64,7 @@ class DirectTransport:
         coordinator: RankCoordinator,
         deadline_s: float,
     ):
-        self._clients = list(clients)
-        self._server_tp = server_tp
-        self._world = world
-        self._coordinator = coordinator
-        self._deadline_s = deadline_s
+        super().__init__(clients, server_tp, world, coordinator, deadline_s)
         self._store: Records | None = None
         """The store in which all members meet; its key is in the commands to the servers."""
         self._name = ""
@@ -86,10 +81,6 @@ class DirectTransport:
         """Push weights to these servers from now on; releases what was shared with the former ones. A collective."""
         self._abort()
         self._clients = list(clients)
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """Allocate a bucket: uint8 [nbytes], on this rank's device."""
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._world.device)
 
     async def push(self, exporter: WeightExporter, version: str, times: SyncTimes) -> None:
         """Send all rounds of `exporter` as `version` and add the seconds to `times`; rank 0 only.

@@ -24,6 +24,7 @@ from exprl_megatron.utils.required import required
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.groups import host_of, is_local_host
+from exprl_megatron.weight_sync.memory_transport import MemoryTransport
 from exprl_megatron.weight_sync.rounds import push_rounds
 from exprl_megatron.weight_sync.timing import SyncTimes
 from exprl_megatron.weight_sync.weight_exporter import FilledBucket, WeightExporter
@@ -36,8 +37,8 @@ Place = tuple[str, int]
 """A server's host, and its first GPU there."""
 
 
-class HandlesTransport:
-    """See Transport. All ranks construct it together; `clients` are needed on rank 0 alone.
+class HandlesTransport(MemoryTransport):
+    """See Transport and MemoryTransport. All ranks construct it together.
 
     Raises UserError on rank 0 (RankZeroFailed elsewhere) where a server's machine has no trainer rank.
     """
@@ -50,10 +51,7 @@ class HandlesTransport:
         coordinator: RankCoordinator,
         deadline_s: float,
     ):
-        self._server_tp = server_tp
-        self._world = world
-        self._coordinator = coordinator
-        self._deadline_s = deadline_s
+        super().__init__(clients, server_tp, world, coordinator, deadline_s)
         self.connect(clients)
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
@@ -63,7 +61,7 @@ class HandlesTransport:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Allocate a bucket: uint8 [nbytes], in memory that the servers of this machine can map."""
-        buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._world.device)
+        buffer = super().allocate(nbytes)
         if buffer.device.type == "cpu":
             with _files_in_shared_memory():
                 buffer.share_memory_()

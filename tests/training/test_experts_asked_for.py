@@ -116,7 +116,7 @@ def test_a_run_s_evaluation_does_not_ask_for_experts(tmp_path):
     _, problems, sampler = steps_on(client, STAGE.problems)
     rollouts = SimpleNamespace(problems=problems, sampler=sampler)
     settings = SimpleNamespace(problems=STAGE.problems, samples=2, k=[1], confidence=0.9, sampling=SamplingConfig())
-    paths, config = SimpleNamespace(evaluations=tmp_path), SimpleNamespace(evaluation=settings)
+    paths, config = SimpleNamespace(evaluations=tmp_path), SimpleNamespace(required_evaluation=settings)
     asyncio.run(Evaluator(config, paths, rollouts, JUDGING, LOGGER).evaluate("start", VERSION))
     assert client.asked == [False] * 3
 
