@@ -80,7 +80,7 @@ def make_groups(layout: Layout, timeout_s: float = 600.0, gloo: bool = True) -> 
 
     `gloo`: for each data-parallel group another one over gloo, which checkpoints use.
     """
-    # Megatron and its checkpoints warn of their own plans and of each other; what is wrong they raise.
+    # Megatron and torch's checkpoints warn about their own future changes; they raise real errors.
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed\.checkpoint")
     parallel_state.destroy_model_parallel()
