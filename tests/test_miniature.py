@@ -105,7 +105,7 @@ def word_probabilities(base, prompt: str, completion: str) -> list[float]:
     return logits.softmax(-1).gather(1, torch.tensor(written)[:, None])[:, 0].tolist()
 
 
-def test_the_base_does_steps_well_and_hardly_ever_goes_on(base):
+def test_the_base_does_steps_well_and_hardly_ever_continues(base):
     finishes, goes_on, right = [], [], []
     for row in rows("heldout.jsonl"):
         found = word_probabilities(base, row["problem"], chains.worked_text(parsed(row["problem"])))

@@ -75,7 +75,7 @@ def test_such_a_call_is_found(source, call):
     assert call in unsafe(source)
 
 
-def test_a_model_directory_brings_no_code(tmp_path):
+def test_a_model_directory_runs_no_code(tmp_path):
     """Neither for its tokenizer nor for its config."""
     model, mark = tmp_path / "model", tmp_path / "ran"
     shutil.copytree(ROOT / "recipes/miniature/policy", model)

@@ -83,7 +83,7 @@ def test_a_record_that_cannot_be_completed_does_not_hide_what_ended_the_run(tmp_
     assert "run.json was not completed" in capsys.readouterr().err
 
 
-def test_a_record_that_is_damaged_does_not_keep_a_run_from_going_on(tmp_path):
+def test_a_record_that_is_damaged_does_not_keep_a_run_from_continuing(tmp_path):
     path = tmp_path / "run.json"
     for content in ("{", "[]", "{}"):
         path.write_text(content)

@@ -37,7 +37,7 @@ def _all_valid(scores):
         ([0.75], [0.749999]),
     ],
 )
-def test_group_normalised_reproduces_the_released_numbers(scores, expected):
+def test_group_normalized_reproduces_the_released_numbers(scores, expected):
     advantages = group_normalized(torch.tensor(scores), _all_valid(scores))
     assert advantages.tolist() == pytest.approx(expected, abs=1e-6)
 
@@ -63,7 +63,7 @@ def test_a_group_of_equal_scores_gives_zero():
     assert group_normalized(torch.full((4,), 0.75), torch.ones(4, dtype=torch.bool)).tolist() == [0, 0, 0, 0]
 
 
-def test_mean_centred_reproduces_the_second_stage_numbers():
+def test_mean_centered_reproduces_the_second_stage_numbers():
     rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0])
     expected = [0.75, -0.25, -0.25, 0.75, -0.25, -0.25, -0.25, -0.25]
     assert mean_centered(rewards, _all_valid(rewards)).tolist() == pytest.approx(expected, abs=1e-6)

@@ -131,7 +131,7 @@ def test_aggregations_reproduce_the_numbers_of_verl(aggregation, expected):
 
 
 @pytest.mark.parametrize("aggregation", get_args(Aggregation))
-def test_the_logged_loss_is_the_one_that_is_minimised(aggregation):
+def test_the_logged_loss_is_the_one_that_is_minimized(aggregation):
     config = LossConfig(aggregation=aggregation, kl_coefficient=0.0)
     loss, _, sums = _minimised(policy_objective(config), aggregation, PACKINGS["pairs"])
     tokens = sum(LENGTHS)

@@ -7,7 +7,7 @@ ONE = TrainSample((5, 6), (7, 8, 9), advantages=(0.1, 0.2, 0.3))
 TWO = TrainSample((4,), (3,), advantages=(0.4,))
 
 
-def test_targets_mask_and_numbers_lie_where_the_response_is_predicted():
+def test_targets_mask_and_numbers_are_where_the_response_is_predicted():
     micro = pad([ONE, TWO], length=6)
     assert micro.targets.tolist() == [[6, 7, 8, 9, 0, 0], [3, 0, 0, 0, 0, 0]]
     assert micro.mask.tolist() == [[0, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0]]

@@ -79,7 +79,7 @@ def test_overrides_reach_into_lists_and_keep_their_type(tmp_path):
     assert config.judge.server.port is None
 
 
-def test_a_file_lies_over_the_one_that_it_extends(tmp_path):
+def test_a_file_overrides_the_one_that_it_extends(tmp_path):
     (tmp_path / "below.yaml").write_text(yaml.safe_dump(_tree() | {"seed": 5, "x-steps": 7}))
     above = {
         "extends": "below.yaml",
@@ -295,7 +295,7 @@ def test_stages_that_cannot_learn_from_older_weights_refuse_to_sample_ahead(tmp_
     assert part in line
 
 
-def test_process_rewards_learn_off_policy_where_told_so(tmp_path):
+def test_process_rewards_learn_off_policy_where_configured_so(tmp_path):
     tree = _tree()
     correction = {"correction": {"kind": "masked"}}
     tree["stages"][0] |= {"kind": "exprl-process", "max_staleness": 1, "allow_off_policy": True, "loss": correction}
@@ -342,11 +342,11 @@ def test_an_empty_list_of_stages_is_refused(tmp_path):
         ("directory: ${nowhere}\n", "run.yaml has no nowhere, to which a ${nowhere} refers; correct the name."),
     ],
 )
-def test_a_file_that_is_no_config_gets_one_sentence(tmp_path, text, part):
+def test_a_file_that_is_not_a_config_gets_one_sentence(tmp_path, text, part):
     assert part in _only(tmp_path, text)
 
 
-def test_a_file_that_is_no_text_gets_one_sentence(tmp_path):
+def test_a_file_that_is_not_text_gets_one_sentence(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(UserError, match=r"is not text in UTF-8 \(byte 0\)"):
@@ -402,7 +402,7 @@ def test_other_variables_of_the_environment_may_be_referred_to(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["../../etc", "a/b", "/etc", "..", ".", "", "prime\n", "Prime", "-x", "a b"])
-def test_a_stage_whose_name_is_no_file_name_is_refused(tmp_path, name):
+def test_a_stage_whose_name_is_not_a_file_name_is_refused(tmp_path, name):
     """Files and directories of the run have it."""
     tree = _tree()
     tree["stages"][0]["name"] = name

@@ -55,7 +55,7 @@ def check(tiny_model, tmp_path, tensors, same) -> Callable[[str], None]:
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_killed_half_way_it_goes_on_and_ends_bit_equal(convert, check, tmp_path, direction):
+def test_killed_half_way_it_continues_and_ends_bit_equal(convert, check, tmp_path, direction):
     partial = tmp_path / "target.partial"
     second = "written-1" if direction == "to-megatron" else "model-00002-of-*.safetensors"
 
@@ -90,7 +90,7 @@ def test_what_another_source_left_half_written_is_not_gone_on_with(tiny_model, c
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_file_that_cannot_be_written_is_one_sentence_and_the_next_attempt_goes_on(
+def test_a_file_that_cannot_be_written_is_one_sentence_and_the_next_attempt_continues(
     convert, check, tmp_path, direction
 ):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -171,7 +171,7 @@ def rewrite_note(partial: Path, edit: Callable[[list], object]) -> None:
         ("to-megatron", shortened_piece, "does not say where all of "),
     ],
 )
-def test_what_is_not_accounted_for_by_name_shape_and_dtype_is_refused_and_written_anew(
+def test_what_is_not_accounted_for_by_name_shape_and_dtype_is_refused_and_written_again(
     convert, check, tmp_path, direction, spoil, says
 ):
     partial = tmp_path / "target.partial"
@@ -187,7 +187,7 @@ def test_what_is_not_accounted_for_by_name_shape_and_dtype_is_refused_and_writte
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_progress_is_told_in_bytes_and_ends_with_all_of_them(convert, tiny_model, tensors, direction):
+def test_progress_is_reported_in_bytes_and_ends_with_all_of_them(convert, tiny_model, tensors, direction):
     told = []
     convert(direction, advance=lambda done, total: told.append((done, total)))
     everything = sum(tensor.nbytes for tensor in tensors(tiny_model("qwen3")).values())

@@ -57,7 +57,7 @@ def test_a_finished_problem_is_found_again_with_its_counts_and_samples(directory
     assert lines[2]["judgement"] == {"kind": "Abstained", "reason": "verifier-timeout", "evidence": "3"}
 
 
-def test_samples_without_counts_are_no_finished_problem(directory, tmp_path):
+def test_samples_without_counts_are_not_a_finished_problem(directory, tmp_path):
     directory().save("p", KEY, samples("p"))
     (result,) = (tmp_path / "out" / "results").iterdir()
     result.rename(result.with_name(result.name + ".tmp"))

@@ -6,7 +6,7 @@ from exprl_megatron.evaluation.sample_counts import SampleCounts, count_samples,
 from exprl_megatron.judging.judgement import Abstained, Scored
 
 
-def test_abstentions_are_no_part_of_the_graded_samples():
+def test_abstentions_are_not_part_of_the_graded_samples():
     verdicts = [Scored(1.0), Abstained("verifier-timeout"), Scored(0.0), Abstained("no-verifier")]
     found = count_samples([*verdicts, Scored(1.0), Abstained("verifier-timeout")])
     assert found == SampleCounts(3, 2, {"no-verifier": 1, "verifier-timeout": 2})

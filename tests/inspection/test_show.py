@@ -208,7 +208,7 @@ def test_held_out_answers_are_shown_alike(exprl, run):
     assert status == 2 and "it has those of prime/step-2, start." in said and said.count("\n") == 1
 
 
-def test_a_run_that_is_going_on_is_shown_up_to_its_last_whole_step(exprl, run):
+def test_a_run_that_is_in_progress_is_shown_up_to_its_last_whole_step(exprl, run):
     log(run, "prime", 1, group("whole", Scored(1.0), Scored(0.0)))
     path = Journal(run / "journal").path("prime", 2)
     path.with_name(path.name + ".tmp").write_bytes(b"PAR1half")

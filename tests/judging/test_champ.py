@@ -21,7 +21,7 @@ def test_the_package_has_540_marks_on_270_problems(champ):
     assert load_champ(7) == champ[:7]
 
 
-def test_a_mark_lies_where_its_annotator_put_it(champ):
+def test_a_mark_is_where_its_annotator_put_it(champ):
     trace = next(t for t in champ if t.problem.id == "P_Inequality_21" and t.generator == "GPT-4|No C w/o H")
     assert trace.problem.text.startswith("For positive real number a, b and positive integer n, what is the largest")
     assert trace.problem.answer == "1/(n+1)"
@@ -33,7 +33,7 @@ def test_a_mark_lies_where_its_annotator_put_it(champ):
     assert trace.text_before_error("segment").endswith("the geometric mean of the numbers.")
 
 
-def test_nothing_of_a_mark_is_in_what_stands_before_it(champ):
+def test_nothing_of_a_mark_is_in_the_text_before_it(champ):
     for trace in champ:
         if trace.error_span is None:
             assert trace.text_before_error("prefix") == trace.text

@@ -140,6 +140,6 @@ def test_a_domain_without_a_shipped_prompt_is_refused_before_the_run(tiny_model,
         ({"endpoints": [], "model": "m", "endpoint_args": {"top_p": 1}}, r"endpoint_args is set, but there are no jud"),
     ],
 )
-def test_a_judge_that_cannot_be_reached_or_told_from_others_is_refused(tmp_path, judge, sentence):
+def test_a_judge_that_cannot_be_reached_or_distinguished_from_others_is_refused(tmp_path, judge, sentence):
     with pytest.raises(UserError, match=sentence):
         check_config(run_tree(tmp_path, "m", **judge), "test")

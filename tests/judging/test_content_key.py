@@ -32,7 +32,7 @@ def test_a_content_key_has_no_way_to_write_two_things_alike():
     st.dictionaries(st.sampled_from(["a", "trace_", "unit", 'x"trace":""']), st.text() | st.none() | st.integers()),
     st.booleans(),
 )
-def test_the_keys_of_texts_that_go_on_from_each_other_are_those_of_each_alone(pieces, parts, nested):
+def test_the_keys_of_texts_that_continue_from_each_other_are_those_of_each_alone(pieces, parts, nested):
     texts = ["".join(pieces[: i + 1]) for i in range(len(pieces))] if nested else pieces
     alone = [content_key("judgement", **parts, trace=text) for text in texts]
     assert content_keys("judgement", "trace", texts, **parts) == alone

@@ -64,7 +64,7 @@ FORMS += [(endpoint, kind, said) for kind, said in (RAW | CHATS).items()]
 
 
 @pytest.mark.parametrize(("client", "kind", "said"), FORMS, ids=[f"{c.__name__}-{kind}" for c, kind, _ in FORMS])
-def test_garbage_is_no_verdict_and_the_next_server_is_asked(client, kind, said):
+def test_garbage_is_not_a_verdict_and_the_next_server_is_asked(client, kind, said):
     home, other = FaultyServer(said), FaultyServer()
     reading = "stated" if client is sglang_client else "expected"
     assert _run(_in_order(home, other), _one, client, score_reading=reading) == FOUR

@@ -30,7 +30,7 @@ from exprl_megatron.judging.store import JudgementStore
 from exprl_megatron.problems.problem import Problem, Reference
 
 
-def test_the_judge_is_asked_in_its_own_chat_form_and_its_score_is_normalised():
+def test_the_judge_is_asked_in_its_own_chat_form_and_its_score_is_normalized():
     client = Scripted("Reasoning: fine\n\nScore: 4")
     assert verdict(client) == Scored(0.75, "Reasoning: fine\n\nScore: 4")
     ids, sampling = client.calls[0]
@@ -149,7 +149,7 @@ def test_the_constrained_format_is_handed_to_the_server():
     assert client.calls[0][1]["regex"] == "Score: [1-5]"
 
 
-def test_the_expected_score_is_the_mean_over_the_digits_where_the_stated_one_stands():
+def test_the_expected_score_is_the_mean_over_the_digits_where_the_stated_one_is():
     ids = tuple(map(WORDS.index, ["3", "Score:", "4"]))
     flat = tuple([math.log(0.2)] * 5)
     sharp = tuple(math.log(p) for p in (0.01, 0.01, 0.08, 0.6, 0.2))
@@ -160,7 +160,7 @@ def test_the_expected_score_is_the_mean_over_the_digits_where_the_stated_one_sta
     assert [WORDS[i] for i in client.calls[0][1]["watched_ids"]] == ["1", "2", "3", "4", "5"]
 
 
-def test_without_probabilities_at_the_digits_place_the_digit_counts_as_it_stands():
+def test_without_probabilities_at_the_digits_place_the_digit_counts_as_stated():
     client = Scripted(Written("Score: 4", "stop", (WORDS.index("Score:"), UNKNOWN), ((-1.0,) * 5,) * 2))
     assert verdict(client, score_reading="expected") == Scored(0.75, "Score: 4")
 
@@ -170,7 +170,7 @@ def test_the_released_parser_is_at_hand():
     assert verdict(Scripted("Score: 1 because\nScore: 5")).value == 1
 
 
-def test_no_more_requests_than_allowed_are_under_way():
+def test_no_more_requests_than_allowed_are_in_flight():
     client = Scripted(*["Score: 3"] * 9, pause=0.02)
 
     async def all_of_them():

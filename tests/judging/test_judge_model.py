@@ -47,7 +47,7 @@ def test_another_content_is_another_model(model, file):
     assert _identity(model) != before
 
 
-def test_large_weights_are_told_apart_by_head_size_and_samples(model):
+def test_large_weights_are_distinguished_by_head_size_and_samples(model):
     def written(head, last, size=BIG):
         with open(model / "model.safetensors", "wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)

@@ -162,7 +162,7 @@ def test_the_set_before_is_selected_prompt_by_prompt():
 
 
 @pytest.mark.parametrize(("domain", "measure"), product(DOMAINS, MEASURES))
-def test_an_answer_in_advance_is_no_claim_of_a_prefix(domain, measure):
+def test_an_answer_in_advance_is_not_a_claim_of_a_prefix(domain, measure):
     aim = "An answer that it gives in advance, with the argument for it still to come, is an aim and not yet a claim"
     assert aim in _system(domain, "prefix", measure)
     assert aim not in _system(domain, "trace", measure) + _system(domain, "segment", measure)
@@ -224,7 +224,7 @@ def test_a_prompt_file_of_another_editor_is_the_same_prompt(tmp_path, text):
 
 
 @pytest.mark.parametrize("text", [bytes(range(256)), "## user\n{trace}".encode("utf-16")], ids=["binary", "utf-16"])
-def test_a_prompt_file_that_is_no_utf8_is_refused_with_its_path(tmp_path, text):
+def test_a_prompt_file_that_is_not_utf8_is_refused_with_its_path(tmp_path, text):
     (tmp_path / "prompt.md").write_bytes(text)
     with pytest.raises(UserError, match=r"The judge prompt .*/prompt.md is not UTF-8 text \(.*\); convert it\."):
         load_prompt(str(tmp_path / "prompt.md"))

@@ -231,7 +231,7 @@ def test_a_request_with_a_reference_does_not_follow_a_redirect_to_another_server
 
 
 @pytest.mark.parametrize("reply", [b"", b"<html>Bad gateway</html>", b'{"choices": [', b"[]", b"null", b'"Score: 4"'])
-def test_what_is_no_reply_is_an_abstention_after_the_retries(reply):
+def test_what_is_not_a_reply_is_an_abstention_after_the_retries(reply):
     server = FaultyServer(*[reply] * 9)
     assert _run([server], _one, endpoint, retries=2).reason == "server-error"
     assert server.counts["requests"] == 3

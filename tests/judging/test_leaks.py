@@ -48,7 +48,7 @@ def test_case_blanks_and_punctuation_hide_nothing():
         guard().check_request("p", chat(f"{STATEMENT} {disguised}"))
 
 
-def test_the_same_words_in_another_order_are_no_leak():
+def test_the_same_words_in_another_order_are_not_a_leak():
     backwards = " ".join(reversed(SOLUTION.split()))
     guard().check_request("p", chat(f"{STATEMENT} {backwards}"))
 
@@ -123,7 +123,7 @@ def test_problems_that_share_an_id_are_all_watched():
             watching.check_request("p", chat(f"{STATEMENT} {leaked}"))
 
 
-def test_the_reference_of_another_problem_is_no_leak_of_this_one():
+def test_the_reference_of_another_problem_is_not_a_leak_of_this_one():
     other = Problem("q", "How many primes are below 10?", Reference("They are 2, 3, 5 and 7, and so there are four."))
     guard(PROBLEM, other).check_request("q", chat(SOLUTION))
 

@@ -114,7 +114,7 @@ def test_past_the_deadline_all_are_abstentions_and_no_request_is_left_running():
     assert server.counts["running"] == 0
 
 
-def test_questions_under_way_are_bounded_and_those_of_a_request_count_each():
+def test_questions_in_flight_are_bounded_and_those_of_a_request_count_each():
     server = FaultyServer()
     traces = [[f"{number} {text}" for text in PREFIXES] for number in range(1, 5)]
 
@@ -126,7 +126,7 @@ def test_questions_under_way_are_bounded_and_those_of_a_request_count_each():
     assert server.counts["most-questions"] <= 4 and server.counts["requests"] == 2 * 5
 
 
-def test_more_questions_than_may_be_under_way_go_in_several_requests():
+def test_more_questions_than_may_be_in_flight_go_in_several_requests():
     server = FaultyServer(READ)
     texts = [f"1{' + 1' * count}" for count in range(5)]
     assert judged(server, texts=texts, concurrency=2)[0] == [FOUR] * 5

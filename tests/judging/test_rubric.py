@@ -72,7 +72,7 @@ def test_a_rubric_that_fails_a_check_says_which(text, why):
         ("", False),
     ],
 )
-def test_a_quote_supports_a_checkpoint_where_it_stands_in_the_reference_word_for_word(quote, is_there):
+def test_a_quote_supports_a_checkpoint_where_it_is_in_the_reference_word_for_word(quote, is_there):
     assert is_quoted(quote, REFERENCE) is is_there
 
 

@@ -122,7 +122,7 @@ def test_paragraphs_and_blocks_of_sentences():
     assert texts_of(["一。", "二！", "三。"], by_two) == ["一。二！", "三。"]
 
 
-def test_blank_beginnings_are_no_segment():
+def test_blank_beginnings_are_not_a_segment():
     assert texts_of(["\n\n", "### A", "\n", "### B"], settings("heading")) == ["\n\n### A\n", "### B"]
     assert texts_of(["\n\n", "\n\n"], settings("paragraph")) == ["\n\n\n\n"]
 

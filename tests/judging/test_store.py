@@ -235,7 +235,7 @@ def test_an_unknown_hash_is_answered_with_those_that_are_near(store):
 
 
 @pytest.mark.parametrize("prefix", ["abcde", "", "xyzxyz", "abc%__"])
-def test_what_is_no_hash_is_refused(store, prefix):
+def test_what_is_not_a_hash_is_refused(store, prefix):
     with pytest.raises(UserError, match="is not a hash; give at least 6"):
         store.entry(prefix)
 
@@ -359,7 +359,7 @@ def store_of_version_1(path: Path) -> None:
         connection.commit()
 
 
-def test_a_store_of_version_1_is_read_and_goes_on(tmp_path):
+def test_a_store_of_version_1_is_read_and_continues(tmp_path):
     file = tmp_path / "s.sqlite"
     store_of_version_1(file)
     for _ in range(2):

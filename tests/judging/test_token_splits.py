@@ -103,7 +103,7 @@ def test_the_rules_themselves_are_proven_with_signs_that_say_how_to_search():
     )
 
 
-def test_a_line_end_that_belongs_to_the_word_before_it_is_no_cut():
+def test_a_line_end_that_belongs_to_the_word_before_it_is_not_a_cut():
     backend = backend_of(pattern=r"\p{L}+\n?|[^\s\p{L}]| ?\p{L}|\s")
     assert not always_splits(backend, LETTERS, "\n")
 

@@ -168,5 +168,5 @@ def test_the_last_line_about_soundness_counts(text, sound, words):
         "Sound: yes. However, the last step fails",
     ],
 )
-def test_what_does_not_say_whether_it_is_sound_is_no_verdict(text):
+def test_what_does_not_say_whether_it_is_sound_is_not_a_verdict(text):
     assert read_soundness(text) is None

@@ -74,7 +74,7 @@ def test_means_are_scores_before_and_after_the_mark():
     assert found.to_dict()["interval"] == pytest.approx({"low": 0.6306, "high": 1}, abs=1e-4)
 
 
-def test_a_judge_of_lengths_is_told_apart_by_pairs():
+def test_a_judge_of_lengths_is_distinguished_by_pairs():
     async def grade(problem, text, granularity):
         return Scored(1 - len(text) / 100)
 

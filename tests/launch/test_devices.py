@@ -43,7 +43,7 @@ def test_sampling_servers_that_take_turns_with_the_trainer_are_on_its_gpus(tmp_p
     assert first_gpus(colocated, tmp_path, 6) == expected
 
 
-def test_too_few_gpus_are_told_of_before_anything_starts(tmp_path):
+def test_too_few_gpus_are_reported_before_anything_starts(tmp_path):
     with pytest.raises(UserError, match=r"needs 2 GPUs .* \(policy-0 2, policy-1 2, judge-0 2\): 8 in total, of 4; "):
         first_gpus(config(tmp_path), tmp_path, 4)
     specs = required_servers(config(tmp_path), RunDirectory(tmp_path))

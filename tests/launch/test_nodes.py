@@ -153,7 +153,7 @@ def two_nodes(trained_server, tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_nodes_stop_when_slurm_asks_them_to_and_go_on_to_the_end(two_nodes):
+def test_two_nodes_stop_when_slurm_asks_them_to_and_continue_to_the_end(two_nodes):
     config, first, second = two_nodes(STEPS)
     directory = RunDirectory(config.directory)
     wait_until(lambda: directory.metrics.is_file() or None not in (first.poll(), second.poll()), 900)

@@ -100,7 +100,7 @@ def test_a_rank_that_aborts_comes_before_the_connections_that_others_lost(start,
     )
 
 
-def test_of_an_unexpected_error_alone_its_words_are_told(start, tmp_path, monkeypatch):
+def test_of_an_unexpected_error_alone_its_message_is_shown(start, tmp_path, monkeypatch):
     error = cause(start, tmp_path, monkeypatch, {"report": LOST}, {"status": 1})
     assert isinstance(error, RankFailed) and str(error) == LOST["message"]
 
@@ -125,7 +125,7 @@ def test_a_stopped_rank_is_found_by_its_silence_and_ended(start, tmp_path, monke
     assert not rank.is_running()
 
 
-def test_the_time_that_starting_takes_is_no_silence(start, monkeypatch):
+def test_the_time_that_starting_takes_is_not_silence(start, monkeypatch):
     """The fork server imports before it forks the first rank, from a cold disk for a minute."""
     monkeypatch.setattr(module, "SILENCE_S", 1.0)
     begin = Starter.start

@@ -78,7 +78,7 @@ def test_interleaved_stages_take_turns(tiny_model):
     assert places == [(p, c, n) for c in (0, 1) for p in (0, 1) for n in ("0", "1")]
 
 
-def test_queries_keys_and_values_lie_together_by_group():
+def test_queries_keys_and_values_are_together_by_group():
     rule = QueryKeyValue(heads_per_group=2, head_dim=1)
     query, key, value = torch.tensor([1.0, 2, 3, 4]), torch.tensor([10.0, 20]), torch.tensor([100.0, 200])
     merged = rule.merge([query, key, value])

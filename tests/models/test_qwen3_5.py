@@ -147,7 +147,7 @@ def test_the_decay_rate_is_a_parameter_in_fp32_and_nothing_else_is():
     assert sum(entry.keeps_dtype for entry in parameters(found, Layout())) == 48
 
 
-def test_a_head_s_query_and_gate_lie_apart_in_megatron():
+def test_a_head_s_query_and_gate_are_apart_in_megatron():
     # Two groups of two heads of one dimension: numbers are 10 x head for a query, and 1 more for its gate.
     rule = GatedQueryKeyValue(heads_per_group=2, head_dim=1)
     both = torch.tensor([0, 1, 10, 11, 20, 21, 30, 31])[:, None]

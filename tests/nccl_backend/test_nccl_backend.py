@@ -43,7 +43,7 @@ def kinds(played: Path, name: str) -> list[str]:
 
 
 @scenario("values")
-def test_collectives_batches_and_sends_bring_what_gloo_would(words):
+def test_collectives_batches_and_sends_give_what_gloo_would(words):
     assert [word[0] for word in words] == [[3.0, 3.0]] * 3
     assert [word[1] for word in words] == [[[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]] * 3
     assert [word[2] for word in words] == [[2.0, 2.0], [0.0, 0.0], [1.0, 1.0]]
@@ -90,7 +90,7 @@ def test_where_patience_is_bounded_the_report_names_who_is_missing_and_where_it_
     ],
     indirect=["words"],
 )
-def test_members_that_call_something_else_are_all_told_what_each_called(words, says):
+def test_members_that_call_something_else_are_all_shown_what_each_called(words, says):
     for word in words:
         assert "operation 1 differs between members" in word
         assert f"rank 0: {says[0]}" in word or says[0] in word
@@ -115,7 +115,7 @@ def test_two_members_on_one_device_are_refused(played, words):
 
 
 @scenario("destroyed_with_work")
-def test_destroying_with_work_under_way_waits_until_it_is_aborted(words):
+def test_destroying_with_work_in_flight_waits_until_it_is_aborted(words):
     seconds, _, reason = words[0].partition(" s: ")
     assert float(seconds) > 0.5 * LATE_S
     assert reason.endswith("was aborted")
@@ -147,7 +147,7 @@ def test_objects_over_the_group_are_recorded_with_who_sent_them(played, words):
 
 
 @scenario("product_breaks_off", "product_leaves_what_does_not_connect")
-def test_weights_groups_are_given_up_at_once_whatever_is_under_way_and_new_ones_are_formed(words):
+def test_weights_groups_are_given_up_at_once_whatever_is_in_flight_and_new_ones_are_formed(words):
     values, seconds = zip(*words, strict=True)
     assert values == (2.0, 2.0)
     assert seconds[0] < 2.0

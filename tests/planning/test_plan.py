@@ -203,7 +203,7 @@ def test_a_precision_that_the_gpu_lacks_is_the_reason_given():
         plan_target("llama-3.3-70b", ["policy.precision=mxfp8"], H100, gpus=64)
 
 
-def test_the_offloaded_optimizer_is_told_of():
+def test_the_offloaded_optimizer_is_reported():
     found = plan_target("qwen3-8b", ["policy.layout.dp=8", "stages.0.optimizer.offload=0.5"], H100, train_only=True)
     assert found.host.optimizer == pytest.approx(found.trainer.memory.optimizer)
     console = Console(width=160, record=True, file=io.StringIO())

@@ -62,7 +62,7 @@ def test_any_exception_of_a_class_is_a_sentence_with_its_line():
     assert "hostile.py, line 4, in __init__: Panic: x" in refused("hostile:C", hostile=body)
 
 
-def test_ctrl_c_during_an_import_is_no_failure_of_the_module():
+def test_ctrl_c_during_an_import_is_not_a_failure_of_the_module():
     Path("hostile.py").write_text("raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
         load_plugin("hostile:f")

@@ -58,7 +58,7 @@ class _NoNumber:
     [None, float("nan"), float("inf"), 10**400, 1j, _NoNumber(), "1.5", b"1", [1.0]],
     ids=["none", "nan", "inf", "large", "complex", "raises", "text", "bytes", "list"],
 )
-def test_a_term_that_is_no_finite_number_is_a_sentence_with_its_file(returned):
+def test_a_term_that_is_not_a_finite_number_is_a_sentence_with_its_file(returned):
     with pytest.raises(PluginError, match=r"mine:function \(.*test_hostile_plugins.py, line \d+\) returned "):
         value(lambda problem, trace: returned)
 
@@ -80,7 +80,7 @@ def test_a_verdict_of_the_users_has_no_hash_of_the_judgement_store():
 
 
 @pytest.mark.parametrize("reason", [None, 3, "", REFERENCE, REFERENCE.replace(" ", "-"), "two words", "Ü"])
-def test_a_reason_that_is_no_short_word_names_no_metric(reason):
+def test_a_reason_that_is_not_a_short_word_names_no_metric(reason):
     found = verdict(lambda problem, trace: Abstained(reason, "seen"))
     assert found.reason == "verifier-error" and REFERENCE not in found.evidence
     assert "test_hostile_plugins.py, line" in found.evidence
@@ -282,7 +282,7 @@ def test_an_entry_point_that_two_packages_have_is_refused_with_both(monkeypatch)
         load_plugin("mine")
 
 
-def test_step_metrics_that_never_return_are_left_out_and_the_run_goes_on():
+def test_step_metrics_that_never_return_are_left_out_and_the_run_continues():
     said, go_on = [], threading.Event()
     calls = []
 

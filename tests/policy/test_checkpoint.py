@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_model_optimizer_or_loss_is_refused(policy, tiny
         load_checkpoint(path, fresh(tiny_model, keep_ref_policy=True))
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
+def test_what_is_not_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is not a complete checkpoint \(state.json is missing\)"):
         read_extra(tmp_path)
     for content in ("{", "[]", "null", "[" * 200_000, "{}"):

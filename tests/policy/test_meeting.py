@@ -52,7 +52,7 @@ def test_a_later_world_meets_in_the_same_store_under_other_names(rank_0):
     assert rank_0[0].underlying_store.port == rank_0[1].underlying_store.port
 
 
-def test_a_rank_that_is_not_told_where_the_others_are_says_so(rank_0, monkeypatch):
+def test_a_rank_that_does_not_know_where_the_others_are_says_so(rank_0, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(UserError, match="RANK is set in the environment and MASTER_ADDR is not; start all ranks with"):
         world._start_process_group(10.0, None)

@@ -16,7 +16,7 @@ def test_padded_rows():
     assert tokens.cu_seqlens is None
 
 
-def test_packed_sequences_lie_one_behind_the_other_and_each_begins_at_position_0():
+def test_packed_sequences_are_contiguous_and_each_begins_at_position_0():
     tokens = model_input([ONE, TWO], 5, PackingShape(packed=True, sequence=2, row=10))
     assert tokens.input_ids.tolist() == [[5, 6, 7, 8, 9, 0, 4, 3, 0, 0]]
     assert tokens.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]]

@@ -121,7 +121,7 @@ def test_planning_grows_like_n_log_n(ranks, shape):
     assert cost[1] <= 1.2 * cost[0] * (many * math.log(many)) / (few * math.log(few))
 
 
-def test_a_sequence_over_budget_stands_alone():
+def test_a_sequence_over_budget_is_alone():
     assert plan_micro_batches([5, 200, 4], 1, 10, PADDED) == [[[1], [0, 2]]]
     assert sorted(plan_micro_batches([5, 200, 4], 1, 10, PACKED)[0]) == [[0, 2], [1]]
 

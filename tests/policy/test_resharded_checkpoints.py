@@ -32,7 +32,7 @@ def test_in_the_same_layout_the_resumed_stage_is_the_uninterrupted_one_bit_for_b
     ("kind", "name"),
     [(kind, name) for kind, case in KINDS.items() if case[3] for name in (*case[3], "one rank and back")],
 )
-def test_in_any_other_layout_it_goes_on_with_the_same_steps(results, kind, name):
+def test_in_any_other_layout_it_continues_with_the_same_steps(results, kind, name):
     expected, resumed = results[f"{kind} uninterrupted"], results[f"{kind} {name}"]
     assert resumed["extra"] == EXTRA
     for ours, theirs in zip(resumed["updates"], expected["updates"], strict=True):

@@ -126,7 +126,7 @@ def test_numbers_and_text_of_numpy_are_read_as_those_of_python(load, record, tex
         ("{'id': 1, 'problem': 'q', 'choices': R()}", "'choices' is a R; write a list"),
     ],
 )
-def test_a_record_that_is_no_problem_is_a_short_sentence(load, record, sentence):
+def test_a_record_that_is_not_a_problem_is_a_short_sentence(load, record, sentence):
     body = "import numpy\nclass R:\n    def __repr__(self): raise KeyError\ndef load(split): return [" + record + "]"
     with pytest.raises(UserError, match=sentence) as caught:
         load(body)

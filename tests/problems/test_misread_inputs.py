@@ -70,7 +70,7 @@ def test_a_path_is_a_path_and_no_pattern(tmp_path, name, kind):
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\n\n", ""])
-def test_a_byte_order_mark_and_line_ends_are_no_part_of_a_record(tmp_path, mark, ending):
+def test_a_byte_order_mark_and_line_ends_are_not_part_of_a_record(tmp_path, mark, ending):
     lines = [json.dumps(RECORD | {"id": name}) for name in ("a", "b")]
     path = tmp_path / "a.jsonl"
     path.write_bytes((mark + (ending or "\n").join(lines) + ending).encode())
@@ -113,7 +113,7 @@ def test_half_a_character_in_a_test_or_a_choice_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "-1e999"])
-def test_what_is_no_number_is_no_answer(tmp_path, number):
+def test_what_is_not_a_number_is_not_an_answer(tmp_path, number):
     message = _fault(tmp_path / "a.jsonl", json.dumps(RECORD | {"answer": 0}).replace("0}", f"{number}}}"))
     assert "line 1" in message and "not a number" in message
 

@@ -66,7 +66,7 @@ TWO_STAGES = ("exprl_then_sparse_rl", "--factory", "miniature", "--yes", "--name
 
 
 @pytest.mark.slow
-def test_both_stages_run_from_the_config_that_lies_in_their_directory(site, recipes):
+def test_both_stages_run_from_the_config_that_is_in_their_directory(site, recipes):
     ended = recipes(site, *TWO_STAGES, "prime.stages[0].steps=3", "sparse.policy.layout.tp=1", FAIL="none")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     runs = [f"runs/miniature/{stage}" for stage in ("prime", "sparse")]
@@ -86,7 +86,7 @@ def test_both_stages_run_from_the_config_that_lies_in_their_directory(site, reci
 
 
 @pytest.mark.slow
-def test_a_first_stage_that_fails_keeps_the_second_from_starting_and_everybody_is_told(site, recipes):
+def test_a_first_stage_that_fails_keeps_the_second_from_starting_and_all_are_notified(site, recipes):
     ended = recipes(site, *TWO_STAGES, FAIL="runs/miniature/prime")
     assert ended.returncode == 1
     assert "did not succeed (prime: FAILED, sparse: CANCELLED)" in " ".join((ended.stdout + ended.stderr).split())

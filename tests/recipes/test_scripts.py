@@ -60,7 +60,7 @@ def test_the_trainer_s_script_puts_the_config_into_the_run_s_directory_and_runs_
 @pytest.mark.parametrize(
     ("asked", "restarts", "resumes"), [(False, "0", False), (False, "1", True), (True, "0", True), (True, "1", True)]
 )
-def test_a_run_that_has_begun_is_resumed_where_that_was_asked_for_or_slurm_has_restarted_the_job(
+def test_a_run_that_has_started_is_resumed_where_that_was_asked_for_or_slurm_has_restarted_the_job(
     machine, asked, restarts, resumes
 ):
     run = machine / "runs" / "a run"
@@ -163,7 +163,7 @@ def batch(tmp_path):
 @pytest.mark.parametrize(
     ("status", "restarts", "queued"), [(75, 0, True), (75, 1, True), (75, 2, False), (1, 0, False)]
 )
-def test_a_job_is_queued_again_when_the_trainer_could_go_on_but_not_for_ever(batch, status, restarts, queued):
+def test_a_job_is_queued_again_when_the_trainer_could_continue_but_not_forever(batch, status, restarts, queued):
     _, run = batch
     ended, asked = run(f"(exit {status})", restarts)
     assert ended == status

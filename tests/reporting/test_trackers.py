@@ -168,7 +168,7 @@ def test_trackio_keeps_every_step_in_its_database_and_a_resumed_run_is_the_same_
     assert [row["trace"] for row in table["_value"]] == [row[1] for row in TABLE.rows]
 
 
-def test_a_service_that_nobody_reaches_is_reported_once_and_the_others_go_on(tmp_path, monkeypatch):
+def test_a_service_that_nobody_reaches_is_reported_once_and_the_others_continue(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     (sentence,) = _run(tmp_path, ["mlflow", "tensorboard"])

@@ -99,7 +99,7 @@ def test_choices_within_the_question_leave_every_letter_open():
 
 
 @pytest.mark.parametrize("answer", ["E", "", "Paris", "AB", "3"])
-def test_a_right_answer_that_is_no_choice_is_an_abstention(answer):
+def test_a_right_answer_that_is_not_a_choice_is_an_abstention(answer):
     verdict = grade_choice(answer, CITIES, r"\boxed{A}")
     assert isinstance(verdict, Abstained)
     assert verdict.reason == "verifier-error"

@@ -187,7 +187,7 @@ def test_a_run_records_whether_it_replays_routing_and_resumes_with_it(tmp_path, 
         directory.claim(config(directory.root, policy={"model": model, "router_replay": not replays}), resume=True)
 
 
-def test_a_run_of_a_version_that_did_not_replay_routing_goes_on_without(tmp_path, tiny_model):
+def test_a_run_of_a_version_that_did_not_replay_routing_continues_without(tmp_path, tiny_model):
     policy = {"model": str(tiny_model("mixtral"))}
     directory = RunDirectory(tmp_path / "run")
     directory.claim(config(directory.root, policy=policy), resume=False).release()

@@ -247,5 +247,5 @@ def test_a_mixture_s_shared_expert_is_a_parameter_of_its_own_and_its_gate_whole_
     }
 
 
-def test_a_buffer_that_follows_from_the_config_is_no_weight():
+def test_a_buffer_that_follows_from_the_config_is_not_a_weight():
     assert is_weight("model.norm.gemma_weight") and not is_weight("model.layers.3.rotary_emb.axis_map")

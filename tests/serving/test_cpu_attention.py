@@ -157,7 +157,7 @@ def changed(name: str, value):
         lambda requests: setattr(requests, "keys", requests.keys.bfloat16()),
     ],
 )
-def test_what_is_no_plain_attention_of_a_decoder_is_left_to_sglang(attention, change):
+def test_what_is_not_plain_attention_of_a_decoder_is_left_to_sglang(attention, change):
     requests = Requests(*MIXED)
     change(requests)
     requests.extend(attention)

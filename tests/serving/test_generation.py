@@ -102,7 +102,7 @@ def test_a_reply_in_another_form_is_refused_and_the_field_named(change, message)
 
 
 @pytest.mark.parametrize("ids", [b"[1,,3]", b"[,1,2]", b"[0x1,2,3]", b"[1,2,3,]", b"[1,2,3]]", b"[+1,2,3]", b"[1;2;3]"])
-def test_ids_that_are_no_json_are_refused(ids):
+def test_ids_that_are_not_json_are_refused(ids):
     body = encoded(reply(3))
     place = body.index(b'"output_ids":') + len(b'"output_ids":')
     end = body.index(b"]", place) + 1
@@ -111,7 +111,7 @@ def test_ids_that_are_no_json_are_refused(ids):
 
 
 @pytest.mark.parametrize("body", [b"", b"null", b"[]", b"Not Found", b'{"text":"a"', b'"output_token_logprobs":]'])
-def test_what_is_no_reply_at_all_is_refused(body):
+def test_what_is_not_a_reply_at_all_is_refused(body):
     with pytest.raises(ValueError, match=r"JSON|truncated|Expected|list"):
         read_generation(body)
 

@@ -107,7 +107,7 @@ def status(url: str, body: dict | None, **headers: str) -> int:
 
 
 @pytest.mark.slow
-def test_a_server_refuses_everything_to_whoever_has_no_key(qwen3_server):
+def test_a_server_refuses_everything_to_clients_without_the_key(qwen3_server):
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}):
         answers = {route: status(qwen3_server.url + route, body, **headers) for route, body in ROUTES.items()}
         assert set(answers.values()) == {401}, answers

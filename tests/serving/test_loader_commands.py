@@ -106,7 +106,7 @@ def test_numbers_rise_also_where_the_clock_goes_back(monkeypatch):
     assert [numbers.next() for _ in range(4)] == [100, 101, 102, 200]
 
 
-def test_the_loader_connects_to_nobody_whose_order_lacks_the_code(monkeypatch, loader):
+def test_the_loader_connects_to_nobody_whose_command_lacks_the_code(monkeypatch, loader):
     """What an attacker did who could reach `/update_weights_from_tensor`: a listener of their own in an command."""
     monkeypatch.setattr(loader, "_gate", CommandGate("key", START), raising=False)
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -241,7 +241,7 @@ def test_a_trace_that_continues_in_place_has_the_experts_of_the_weights_that_com
     assert returned(held) == torch.cat(chosen)[:-1].sort().values.tolist()
 
 
-def test_a_server_that_was_not_started_to_return_experts_is_asked_for_them_in_vain(servers):
+def test_a_server_that_was_not_started_to_return_experts_is_asked_for_them_without_success(servers):
     ask = lambda client: client.generate(PROMPT, temperature=1.0, max_new_tokens=3, seed=1, routing=ROUTING)  # noqa: E731
     with pytest.raises(ServerError, match="routed_experts is missing; a server returns it with --enable-return-routed"):
         on(servers["qwen3"], ask)

@@ -31,7 +31,7 @@ def test_a_server_is_known_from_its_registration_to_its_withdrawal(tmp_path):
     assert registry.all() == [server(instance_id="b")]
 
 
-def test_the_wish_to_start_a_server_anew_is_for_one_incarnation_of_it(tmp_path):
+def test_the_wish_to_restart_a_server_is_for_one_instance_of_it(tmp_path):
     registry = Registry(tmp_path)
     assert registry.requested_restart("policy-0") is None
     registry.register(server())
@@ -42,7 +42,7 @@ def test_the_wish_to_start_a_server_anew_is_for_one_incarnation_of_it(tmp_path):
     assert registry.requested_restart("policy-0") is None
 
 
-def test_the_end_of_an_earlier_attempt_is_told_from_that_of_this_one(tmp_path):
+def test_the_end_of_an_earlier_attempt_is_distinguished_from_that_of_this_one(tmp_path):
     registry = Registry(tmp_path)
     assert registry.ended_at() is None
     registry.mark_ended()

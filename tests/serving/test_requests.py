@@ -124,7 +124,7 @@ def test_a_bucket_of_a_broadcast_is_named_in_the_order_in_which_it_is_sent():
     assert last == shared | {"flush_cache": True, "weight_version": "v3"}
 
 
-def test_requests_that_are_held_in_place_keep_their_cache_until_they_go_on():
+def test_requests_that_are_held_in_place_keep_their_cache_until_they_continue():
     async def update(client):
         await client.update_from_distributed([], [], [], group="g", version="v3", flush_cache=True)
         await client.update_from_tensor([], version="v3", flush_cache=True)

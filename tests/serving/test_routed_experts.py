@@ -143,7 +143,7 @@ def test_sglang_finds_the_plugin_where_servers_look(plugin):
         (b' "\\u0041AAA"', "routed_experts is not base64"),
     ],
 )
-def test_a_value_that_is_no_base64_is_refused_by_the_field_s_name(value, message):
+def test_a_value_that_is_not_base64_is_refused_by_the_field_s_name(value, message):
     whole = reply(chosen(5))
     start = whole.index(b'"routed_experts":') + len(b'"routed_experts":')
     end = whole.index(b'"', whole.index(b'"', start) + 1) + 1

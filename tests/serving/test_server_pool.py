@@ -135,7 +135,7 @@ def can_sleep(monkeypatch):
     monkeypatch.setattr("exprl_megatron.serving.server_pool.uses_cuda", lambda: True)
 
 
-def test_each_request_has_a_home_and_a_version_is_brought_once(registry):
+def test_each_request_has_a_home_and_a_version_is_pushed_once(registry):
     async def run():
         async with opened(registry, "policy-0", "policy-1") as (pool, *_):
             assert [await who(pool, home) for home in range(4)] == ["policy-0", "policy-1"] * 2
@@ -305,7 +305,7 @@ def test_a_server_whose_nccl_variables_are_not_the_trainer_s_is_reported(registr
     assert not reported or all(part in said[0] for part in ("NCCL_CUMEM_ENABLE=1", "NCCL_CUMEM_ENABLE=0", "policy-0"))
 
 
-def test_lent_weights_are_held_once_and_until_others_are_brought(registry):
+def test_shared_weights_are_held_once_and_until_others_are_pushed(registry):
     async def run():
         async with opened(registry, "policy-0", "policy-1") as (pool, one, two):
             two.well, two.status = False, 500
@@ -318,7 +318,7 @@ def test_lent_weights_are_held_once_and_until_others_are_brought(registry):
     asyncio.run(run())
 
 
-def test_a_server_that_has_others_than_the_lent_weights_does_not_judge(registry):
+def test_a_server_that_has_others_than_the_shared_weights_does_not_judge(registry):
     async def run():
         async with opened(registry, "policy-0", "policy-1") as (pool, _, two):
             two.version = JUDGE_VERSION
@@ -356,7 +356,7 @@ REPLACED = {
 
 
 @pytest.mark.parametrize("kind", REPLACED)
-def test_a_server_whose_weights_somebody_else_replaced_is_named_and_asked_no_more(registry, kind):
+def test_a_server_whose_weights_another_client_replaced_is_named_and_asked_no_more(registry, kind):
     message, changed = REPLACED[kind]
 
     async def run():
@@ -385,7 +385,7 @@ def test_where_every_server_s_weights_were_replaced_the_run_stops(registry):
         asyncio.run(run())
 
 
-def test_weights_that_we_ordered_from_a_disk_are_ours_and_a_server_that_died_is_no_reason_to_stop(registry):
+def test_weights_that_we_ordered_from_a_disk_are_ours_and_a_server_that_died_is_not_a_reason_to_stop(registry):
     async def run():
         async with opened(registry, "policy-0") as (pool, one):
             await pool.load_judge_weights(Path("judge"), JUDGE_VERSION, 5.0)
@@ -411,7 +411,7 @@ def test_requests_at_a_server_that_is_withdrawn_go_to_another_at_once(registry):
     asyncio.run(run())
 
 
-def test_a_new_incarnation_and_a_new_server_get_weights_before_any_request(registry):
+def test_a_new_instance_and_a_new_server_get_weights_before_any_request(registry):
     async def run():
         async with opened(registry, "policy-0", "policy-1") as (pool, one, two):
             registry.register(one.registered("b"))
@@ -463,7 +463,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr("exprl_megatron.serving.pool_members._POLL_S", 0.01)
 
 
-def test_a_server_that_fails_on_and_on_is_to_be_started_anew_and_none_at_all_is_an_error(registry, impatient):
+def test_a_server_that_fails_again_and_again_is_to_be_restarted_and_none_at_all_is_an_error(registry, impatient):
     async def run():
         async with opened(registry, "policy-0", start_deadline_s=4) as (pool, one):
             one.well, one.status = False, 500
@@ -529,7 +529,7 @@ def test_while_requests_are_held_none_is_sent(registry):
     asyncio.run(run())
 
 
-def test_weights_that_did_not_arrive_are_brought_to_who_is_left_and_a_failure_without_a_culprit_is_raised_once_more(
+def test_weights_that_did_not_arrive_are_pushed_to_who_is_left_and_a_failure_without_a_culprit_is_raised_once_more(
     registry,
 ):
     async def run():
@@ -563,7 +563,7 @@ def test_a_server_that_fails_while_weights_are_pushed_is_not_asked_although_the_
     asyncio.run(run())
 
 
-def test_a_registration_that_cannot_be_read_is_told_once_and_others_are_seen_all_the_same(registry):
+def test_a_registration_that_cannot_be_read_is_reported_once_and_others_are_seen_all_the_same(registry):
     async def run():
         told = []
         async with opened(registry, "policy-0", log=told.append) as (pool, one):

@@ -33,14 +33,14 @@ def carried_out(monkeypatch, count):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_every_round_is_begun_waited_for_and_ended_once_in_its_lane(monkeypatch, count):
+def test_every_round_is_started_waited_for_and_ended_once_in_its_slot(monkeypatch, count):
     events = carried_out(monkeypatch, count)
     assert [event for event in events if event[0] == "begin"] == [("begin", i % 2, i) for i in range(count)]
     assert [event for event in events if event[0] == "end"] == [("end", i % 2) for i in range(count)]
     assert [event[1] for event in events if event[0] == "wait"] == [i for i in range(count) for _ in range(2)]
 
 
-def test_a_lane_is_taken_again_only_after_the_round_in_it_has_ended_and_two_rounds_are_in_flight(monkeypatch):
+def test_a_staging_buffer_is_taken_again_only_after_the_round_in_it_has_ended_and_two_rounds_are_in_flight(monkeypatch):
     in_flight, most = {}, 0
     for event in carried_out(monkeypatch, 6):
         if event[0] == "begin":
@@ -72,13 +72,13 @@ def test_one_contiguous_part_is_sent_from_where_it_is():
     assert piece.data_ptr() == matrix[1:].data_ptr() and copies == []
 
 
-def test_a_part_of_another_dtype_is_staged_in_the_lanes():
+def test_a_part_of_another_dtype_is_staged_in_the_staging_buffers():
     (piece,), ((part, place),) = buffers(torch.bfloat16).take(0, [[torch.ones(4)]])
     place.copy_(part)
     assert piece.dtype == torch.bfloat16 and piece.tolist() == [1.0] * 4
 
 
-def test_lanes_share_no_memory_and_each_has_its_own_again():
+def test_staging_buffers_share_no_memory_and_each_has_its_own_again():
     staging, part = buffers(), torch.ones(4, 4)[:, :3]
     (first,), _ = staging.take(0, [[part]])
     (second,), _ = staging.take(1, [[part]])

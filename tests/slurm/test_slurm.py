@@ -119,12 +119,12 @@ def test_the_two_stages_run_as_heterogeneous_jobs_with_servers_and_trainer_on_no
         assert (experiment.root / stage / "models" / stage / "model.safetensors").is_file()
 
 
-def test_a_dead_sampling_server_is_started_anew_and_the_run_goes_on(experiment):
+def test_a_dead_sampling_server_is_restarted_and_the_run_continues(experiment):
     assert experiment.anew.instance_id != experiment.killed.instance_id
     assert steps_done(experiment.root / "sparse") == 5
 
 
-def test_status_and_logs_of_every_component_are_told_to_another_process(experiment):
+def test_status_and_logs_of_every_component_are_shown_to_another_process(experiment):
     status = from_another_process("status", "exprl_then_sparse_rl")
     assert status.stdout.splitlines()[-2:] == ["prime: SUCCEEDED", "sparse: SUCCEEDED"], status.stderr
     assert status.returncode == 0
@@ -186,7 +186,7 @@ def test_a_time_limit_and_scancel_cost_no_weights_and_container_flags_reach_the_
     assert filecmp.cmp(interrupted / name, uninterrupted / name, shallow=False)
 
 
-def test_after_a_node_is_lost_the_trainer_goes_on_with_those_that_are_left(slurm, tmp_path):
+def test_after_a_node_is_lost_the_trainer_continues_with_those_that_are_left(slurm, tmp_path):
     recipe = fine_tuning(tmp_path / "run")
     recipe.nodes.trainer, recipe.nodes.trainer_least = 2, 1
     recipe.config.policy.layout.dp = 2

@@ -48,7 +48,7 @@ def test_one_layer_is_refused_as_its_time_comes_from_two_depths():
         bench_fp8.main(["--layers", "1"])
 
 
-def test_what_is_no_precision_is_refused_by_name():
+def test_what_is_not_a_precision_is_refused_by_name():
     with pytest.raises(SystemExit, match="--precision has fp9; choose from fp32, bf16"):
         bench_fp8.main(["--precision", "bf16,fp9"])
 

@@ -6,7 +6,7 @@ import bench_packing
 import pytest
 
 
-def test_both_ways_have_the_same_loss_and_gradient_and_the_shares_of_padding_stand_beside_the_ratio(
+def test_both_ways_have_the_same_loss_and_gradient_and_the_shares_of_padding_are_next_to_the_ratio(
     tiny_model, tmp_path, capsys
 ):
     sizes = "--sequences 12 --median 20 --longest 64 --micro-batch-tokens 128 --rounds 2"

@@ -15,7 +15,7 @@ def test_both_steps_have_the_same_loss_and_gradient(tiny_model, architecture):
     assert found.first_norms[0] == pytest.approx(found.first_norms[1], rel=1e-4)
 
 
-def test_the_ratio_is_of_neighbouring_steps():
+def test_the_ratio_is_of_neighboring_steps():
     found = Comparison(10, (1.0, 2.0, 4.0), (1.0, 4.0, 4.0), (1.0,) * 3, (0.5,) * 3, (0.0, 0.0), (0.0, 0.0))
     assert (found.ratio, found.cpu_ratio) == (1.0, 0.5)
 

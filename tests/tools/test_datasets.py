@@ -162,7 +162,7 @@ def test_rows_become_records_and_those_to_be_filtered_none(name, expected):
     assert read(name) == expected
 
 
-def test_sciknoweval_choice_questions_with_the_same_words_are_told_apart_by_their_choices():
+def test_sciknoweval_choice_questions_with_the_same_words_are_distinguished_by_their_choices():
     first, *filtered, last = read("sciknoweval-mcq")
     assert first == FORCE
     assert filtered == [None] * 4

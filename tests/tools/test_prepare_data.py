@@ -71,7 +71,7 @@ def test_a_canary_too_short_to_be_one_is_refused_before_anything_is_written(prep
     assert "'CAN-7' occurs by chance; use one of at least 8 characters" in done.stderr
 
 
-def test_rows_left_out_are_counted_and_a_known_size_is_told(prepare, tmp_path):
+def test_rows_left_out_are_counted_and_a_known_size_is_shown(prepare, tmp_path):
     out = tmp_path / "openmath.jsonl"
     done = prepare("openmath", "--out", str(out), "--from", str(ROWS / "openmath.json"))
     assert done.stdout == f"{out}: 1 problems (4 rows filtered out, 1 rows given twice)\n"

@@ -131,7 +131,7 @@ def test_no_token_is_older_than_allowed_and_weights_changed_in_mid_generation(ki
             assert bounds == [*(start for _, start, _ in trace.weight_versions), len(trace.token_ids)]
 
 
-def test_the_sampler_s_log_probs_are_those_of_the_trainer_where_no_update_lies_between(killed_run):
+def test_the_sampler_s_log_probs_are_those_of_the_trainer_where_no_update_is_between(killed_run):
     compared = [step for step in _metrics(killed_run) if "sampler_gap/mean" in step]
     assert max(step["sampler_gap/mean"] for step in compared) < 1e-4
     # Tokens of older weights are left out.
@@ -155,7 +155,7 @@ def test_from_the_same_journal_an_uninterrupted_run_leaves_the_same_weights(kill
     assert filecmp.cmp(paths.models / name, killed.models / name, shallow=False)
 
 
-def test_traces_held_in_place_go_on_those_cut_off_are_sampled_again_and_without_a_server_the_run_ends(
+def test_traces_held_in_place_continue_those_cut_off_are_sampled_again_and_without_a_server_the_run_ends(
     trained_server, tiny_model, tmp_path, capfd
 ):
     alone = {"model": str(tiny_model("qwen3")), "max_tokens": 160}

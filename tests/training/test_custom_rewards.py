@@ -174,7 +174,7 @@ def test_a_reward_is_the_weighted_sum_of_its_terms(module):
 
 
 @pytest.mark.parametrize("returned", ["float('nan')", "float('inf')", "'a lot'", "None", "[1]"])
-def test_a_term_that_is_no_finite_number_stops_the_run(module, returned):
+def test_a_term_that_is_not_a_finite_number_stops_the_run(module, returned):
     module(f"def format(problem, trace): return {returned}")
     stage = outcome_stage({"term": "judge"}, {"term": "mine:format"})
     (custom,) = custom_terms("prime", stage.reward, 5.0, print).values()

@@ -342,7 +342,7 @@ def test_a_reference_of_any_problem_in_a_prompt_stops_the_run_whatever_the_code_
 
 
 @pytest.mark.parametrize(("leaks", "said"), [(True, "with the reference of problem p5"), (False, None)])
-def test_the_reference_of_a_problem_that_is_not_sampled_is_no_hint_either(monkeypatch, leaks, said):
+def test_the_reference_of_a_problem_that_is_not_sampled_is_not_a_hint_either(monkeypatch, leaks, said):
     """What the problem's own statement has is none."""
     words = SECRET if leaks else "What is 0?"
     made_by = rollouts

@@ -48,7 +48,7 @@ def test_all_kinds_were_thrown(run):
     assert aside.name == next(sentence.partition("/")[0] for sentence in run.damaged) + ".damaged"
 
 
-def test_whatever_befalls_servers_the_run_goes_on(run):
+def test_whatever_befalls_servers_the_run_continues(run):
     assert {kind: o.ended for kind, o in run.outcomes.items() if kind not in (*KILLED, STOPPED) and o.ended} == {}
 
 
@@ -63,7 +63,7 @@ def test_a_rank_that_was_stopped_is_named(run):
     assert "has sent no heartbeat for 45 s, its state is stopped" in end
 
 
-def test_servers_that_were_killed_are_started_anew(run):
+def test_servers_that_were_killed_are_restarted(run):
     starts = run.registry.starts
     assert starts["judge-0"] == starts["router-0"] == starts["router-1"] == 2
     assert starts["policy-0"] + starts["policy-1"] >= 4

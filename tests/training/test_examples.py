@@ -70,7 +70,7 @@ def test_references_are_the_completions_and_every_epoch_has_all_problems_in_an_o
     assert read(model, reader(model, seed=4, problems={"source": problems}).batch(1, 5)) != epochs[0]
 
 
-def test_the_stages_prompt_stands_in_for_the_runs(model, problems, tmp_path):
+def test_the_stages_prompt_replaces_the_runs(model, problems, tmp_path):
     run_prompt = {"system": "Be brief.", "user": "Solve: {problem}"}
     plain = {"user": "{problem}\n"}
     source = {"problems": {"source": problems, "limit": 1}}

@@ -103,7 +103,7 @@ def test_the_rank_that_was_killed_is_named_and_not_the_connection_that_the_other
     assert record["exit"]["status"] == 1 and "trainer-0 was killed" in record["exit"]["message"]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(run):
+def test_a_damaged_checkpoint_is_named_and_the_run_continues_from_the_one_before(run):
     *_, before, newest = checkpoints(run.paths.checkpoints)
     shard = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
     content = bytearray(shard.read_bytes())

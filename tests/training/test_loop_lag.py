@@ -24,7 +24,7 @@ def test_a_stall_is_measured_and_taken_once():
     assert second == 0.0
 
 
-def test_after_the_stop_nothing_goes_on():
+def test_after_the_stop_nothing_continues():
     async def stopped():
         lag = LoopLag()
         lag.start()

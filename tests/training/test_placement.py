@@ -181,7 +181,7 @@ def lent_config(root: Path, model: Path, judge: Path, settings: dict, **changes)
 
 
 @pytest.mark.slow
-def test_a_run_in_turns_learns_what_one_with_separate_servers_does_and_keeps_a_ledger(
+def test_a_colocated_run_learns_what_one_with_separate_servers_does_and_reports_its_memory(
     trained_server, tiny_model, tmp_path
 ):
     model, problems = tiny_model("qwen3"), write_problems(tmp_path / "problems.jsonl")

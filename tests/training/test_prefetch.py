@@ -93,7 +93,7 @@ def _learn(prefetch, of_stage, step):
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2, 4])
-def test_no_step_is_begun_under_weights_older_than_allowed_and_none_later_than_possible(coordinator, max_staleness):
+def test_no_step_is_started_under_weights_older_than_allowed_and_none_later_than_possible(coordinator, max_staleness):
     sampling, steps = Sampling(), 6
     sampling.finish(*range(1, 20))
     prefetch = RolloutPrefetch(coordinator, sampling, pytest.fail)
@@ -104,7 +104,7 @@ def test_no_step_is_begun_under_weights_older_than_allowed_and_none_later_than_p
     assert oldest == {step: max(0, step - 1 - max_staleness) for step in range(1, steps + 1)}
 
 
-def test_steps_keep_their_problems_whatever_is_begun_when(coordinator):
+def test_steps_keep_their_problems_whatever_is_started_when(coordinator):
     sampling = Sampling()
     sampling.finish(*range(1, 20))
     prefetch = RolloutPrefetch(coordinator, sampling, pytest.fail)
@@ -127,7 +127,7 @@ def test_steps_are_learned_in_their_order_however_soon_later_ones_are_finished(c
     assert learned == [sampling.result(step) for step in (1, 2, 3)]
 
 
-def test_a_step_under_way_may_go_on_under_every_version_announced_meanwhile(coordinator):
+def test_a_step_in_flight_may_continue_under_every_version_announced_meanwhile(coordinator):
     sampling = Sampling()
     prefetch = RolloutPrefetch(coordinator, sampling, pytest.fail)
     sampling.finish(1, 2)
@@ -150,7 +150,7 @@ def test_strictly_on_policy_the_servers_get_every_version_and_one_step_at_a_time
     assert sampling.paused == []
 
 
-def test_a_resumed_run_samples_what_its_journal_lacks_and_brings_weights_for_that_alone(coordinator):
+def test_a_resumed_run_samples_what_its_journal_lacks_and_pushes_weights_only_for_that(coordinator):
     sampling = Sampling(journal=(1, 2, 4))
     sampling.finish(*range(1, 20))
     prefetch = RolloutPrefetch(coordinator, sampling, pytest.fail)
@@ -160,7 +160,7 @@ def test_a_resumed_run_samples_what_its_journal_lacks_and_brings_weights_for_tha
     assert [needed[step] for step in (1, 2, 4)] == [False, True, True]
 
 
-def test_what_fails_ahead_is_told_at_once_while_another_step_is_waited_for(coordinator):
+def test_what_fails_ahead_is_reported_at_once_while_another_step_is_waited_for(coordinator):
     sampling, told = Sampling(), []
     heard = threading.Event()
 

@@ -148,7 +148,7 @@ def _sampled():
     return SampledStep([Group("p", (one, graded(1, None, tokens=5)))], 2, Counter(asked=3))
 
 
-def test_groups_are_sampled_under_the_newest_weights_and_the_servers_are_checked_before_the_trainer_goes_on(tmp_path):
+def test_groups_are_sampled_under_the_newest_weights_and_the_servers_are_checked_before_the_trainer_continues(tmp_path):
     of_config = config(tmp_path, {"name": "a", "kind": "exprl-outcome"}, judge={"model": "j"})
     parts = Parts(_sampled())
     made = run_of(of_config, parts, RunProgress(step=2, updates=7, prompts_consumed=6, traces=1, tokens=10))

@@ -58,7 +58,7 @@ def test_a_run_learns_from_servers_that_another_command_keeps(config):
             process.communicate()
 
 
-def test_a_dead_server_is_started_anew_and_registered_anew_and_sigterm_ends_all(config):
+def test_a_dead_server_is_restarted_and_registered_again_and_sigterm_ends_all(config):
     registry = Registry(RunDirectory(config.directory).registry)
     serving = exprl("serve", config, "server.restarts=1")
     try:

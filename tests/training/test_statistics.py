@@ -86,7 +86,7 @@ def test_auroc_of_the_judge_against_the_verifier_needs_both_classes():
     assert "judge/auroc" not in group_statistics([Group("p", (*scored[1:], *unknown))], judged=True)
 
 
-def test_reasons_of_abstentions_are_told_apart():
+def test_reasons_of_abstentions_are_distinguished():
     traces = (graded(0, None), graded(1, None), graded(2, 1.0))
     refused = replace(graded(3, None), judgement=Abstained("refused"))
     found = group_statistics([Group("p", (*traces, refused))], judged=True)
@@ -123,7 +123,7 @@ def test_shares_of_padding_are_kept_as_they_are():
     assert found == {"padding/padded": 0.4, "padding/packed": 0.01, "tokens": 4}
 
 
-def test_a_gap_that_is_no_number_stops_the_run():
+def test_a_gap_that_is_not_a_number_stops_the_run():
     for gap in (float("nan"), float("inf")):
         with pytest.raises(RunStopped, match="differ by"):
             check_log_prob_gap({"sampler_gap/mean": gap}, 1e-4)

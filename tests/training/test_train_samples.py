@@ -72,12 +72,12 @@ def test_samples_name_their_groups_and_traces_in_the_rollout_log_whichever_updat
     assert [[sample.place for sample in update] for update in (first, second)] == [[(0, 0)], [(1, 0), (1, 1)]]
 
 
-def test_sparse_advantages_are_centred_and_not_scaled():
+def test_sparse_advantages_are_centered_and_not_scaled():
     found = first_tokens(stage("sparse-rl"), group(1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0))
     assert found == [0.75, -0.25, -0.25, 0.75, -0.25, -0.25, -0.25, -0.25]
 
 
-def test_an_abstention_is_no_sequence():
+def test_an_abstention_is_not_a_sequence():
     with_abstention = advantages_of(stage("sparse-rl"), [group(1.0, None, 0.0)])
     without = advantages_of(stage("sparse-rl"), [group(1.0, 0.0)])
     assert with_abstention == without == [[0.5] * 3, [-0.5] * 3]
@@ -178,7 +178,7 @@ def test_a_trace_without_judged_segments_cannot_have_process_rewards():
         sequences_of(stage("exprl-process"), [group(1.0)])
 
 
-def test_tokens_of_older_weights_are_told_from_those_of_the_weights_that_learn():
+def test_tokens_of_older_weights_are_distinguished_from_those_of_the_weights_that_learn():
     members = (graded(0, 1.0), replace(graded(1, 0.0), trace=replace(graded(1, 0.0).trace, weight_versions=SPANS)))
     groups = [Group("p", members)]
     (sequences,) = update_samples(stage("sparse-rl"), groups, "v2")

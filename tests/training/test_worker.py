@@ -88,7 +88,7 @@ def test_an_unexpected_failure_beside_the_main_thread_leaves_its_traceback_in_th
     assert "LookupError: no such trace" in errors
 
 
-def test_a_failure_of_torch_that_is_no_exception_is_told_too(ended):
+def test_a_failure_of_torch_that_is_not_an_exception_is_reported_too(ended):
     _, status, told, _, _ = ended("torch")
     assert status == 1
     assert told["message"].startswith("trainer 0 failed: CheckpointException") and told["unexpected"]

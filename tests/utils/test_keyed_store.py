@@ -50,7 +50,7 @@ def test_a_record_is_read_by_who_has_the_key(store):
 
 
 @pytest.mark.parametrize("forged", [b"", b"{", b"\xff" * 31, b"\0" * 32 + b"text", "moved", "another purpose"])
-def test_a_record_that_somebody_without_the_key_wrote_is_not_believed(store, forged):
+def test_a_record_that_a_client_without_the_key_wrote_is_not_believed(store, forged):
     records = Records(store, "key", "forged")
     records.set("record", "true")
     records.set("elsewhere", "false")

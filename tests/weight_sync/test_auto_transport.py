@@ -107,7 +107,7 @@ def sync(monkeypatch):
     return once
 
 
-def test_all_ranks_go_on_with_broadcasts_and_stay_there_until_other_servers_come(sync):
+def test_all_ranks_continue_with_broadcasts_and_stay_there_until_other_servers_come(sync):
     refusal = CannotReceive("policy-0 has another loader")
     well = {"leader": "well", "follower": "well"}
     both, one = ["Direct", "Broadcast"], ["Broadcast"]

@@ -51,7 +51,7 @@ def held(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def test_a_delta_brings_a_copy_to_the_same_bytes(mirrors, old):
+def test_a_delta_makes_a_copy_equal_in_every_byte(mirrors, old):
     trainer, server = mirrors
     new = learned(old)
     path, size = written(trainer, new)
@@ -85,7 +85,7 @@ def test_a_copy_that_differs_is_found_out_by_checksum(mirrors, old):
         apply_delta(BaseSnapshot(server), path)
 
 
-def test_a_keeper_makes_its_copy_anew_when_told_so(mirrors, old):
+def test_a_delta_agent_makes_its_copy_again_on_request(mirrors, old):
     trainer, server = mirrors
     (server / "left-over.safetensors").write_bytes(b"")
     apply_request({"kind": "full", "file": "trainer"}, trainer.parent, server)

@@ -74,7 +74,7 @@ def test_a_server_reports_the_numbers_that_blocks_stand_for():
     assert rank_checksums(to_served_dtypes(bucket), tp=2, kv_heads=2, tied=False) == expected
 
 
-def test_a_model_whose_blocks_would_lie_across_seams_is_refused(tiny_model):
+def test_a_model_whose_blocks_would_cross_seams_is_refused(tiny_model):
     from exprl_megatron.config.policy import Layout, PolicyConfig
     from exprl_megatron.policy.policy import Policy
     from exprl_megatron.policy.world import enter_world, leave_world

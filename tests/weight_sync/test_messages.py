@@ -46,7 +46,7 @@ def test_every_tensor_is_in_one_message_of_its_stage(tiny_model, layout, fp8):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_a_message_s_tensors_lie_side_by_side_and_aligned(tiny_model, fp8):
+def test_a_message_s_tensors_are_contiguous_and_aligned(tiny_model, fp8):
     (messages,) = stage_messages(read_architecture(tiny_model("llama")), Layout(), "bfloat16", 50_000, fp8=fp8)
     assert len(messages) > 2
     for message in messages:

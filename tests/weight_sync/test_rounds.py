@@ -90,7 +90,7 @@ def test_a_round_is_gathered_while_the_one_before_is_sent_but_not_before_the_one
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 2])
-def test_where_a_server_refuses_a_round_the_update_is_not_ended_and_the_other_ranks_are_told(fails_at):
+def test_where_a_server_refuses_a_round_the_update_is_not_ended_and_the_other_ranks_are_notified(fails_at):
     events = pushed(3, fails_at=fails_at)
     assert events[-2:] == ["abort", "raised"]
     assert "end 5" not in events and f"send {fails_at + 1}" not in events

@@ -118,7 +118,7 @@ def test_several_ranks_can_fill_every_message(results):
     assert results["filled twice"] is True
 
 
-def test_where_servers_refuse_shards_every_rank_goes_on_with_broadcasts(results):
+def test_where_servers_refuse_shards_every_rank_continues_with_broadcasts(results):
     (said,) = results["falls back"]
     assert "weights travel by broadcast, not by direct: first" in said
 

@@ -176,7 +176,7 @@ def test_a_refusal_is_an_error_and_not_a_hang(tiny_model, policy, tmp_path, monk
         asyncio.run(asyncio.wait_for(push_to_another_group(server.client()), timeout=60))
 
 
-def test_what_a_server_s_loader_says_is_an_error_and_the_server_goes_on(client, policy):
+def test_what_a_server_s_loader_says_is_an_error_and_the_server_continues(client, policy):
     coordinator = RankCoordinator(120.0)
     wrong, right = (DirectTransport([client], 1, policy.world, coordinator, deadline_s=60) for _ in range(2))
     asked = exporter(policy, wrong)

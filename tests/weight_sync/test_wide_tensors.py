@@ -81,7 +81,7 @@ def change(policy: Policy) -> None:
                 weight.mul_(-1.0001)
 
 
-def test_every_transport_brings_every_bit_and_both_kinds_of_checksums_agree(servers, policy, tmp_path):
+def test_every_transport_delivers_every_bit_and_both_kinds_of_checksums_agree(servers, policy, tmp_path):
     family = policy.architecture.family
     coordinator, client = RankCoordinator(120.0), servers[family].client()
     coordinator.run(client.__aenter__())
