@@ -44,6 +44,10 @@ def test_comments_of_configs_and_scripts_are_read(tool, tmp_path):
     assert words(tool, tmp_path / "a.yaml", "told: 1\n# Colours that lend weight.\n") == [(2, "colours"), (2, "lend")]
 
 
+def test_names_of_tests_are_read_as_words(tool, tmp_path):
+    assert words(tool, tmp_path / "a.py", "def test_all_are_told_once():\n    told = 1\n") == [(1, "told")]
+
+
 def test_a_british_spelling_is_refused(tool, tmp_path):
     assert words(tool, tmp_path / "a.py", "# Initialised; serialisation; raised, precise, otherwise\n") == [
         (1, "initialised"),
@@ -51,17 +55,17 @@ def test_a_british_spelling_is_refused(tool, tmp_path):
     ]
 
 
-def test_errors_of_types_are_counted_by_room(tool):
+def test_errors_of_types_are_counted_by_package(tool):
     output = (
         "exprl_megatron/cli.py:1: error: a\nexprl_megatron/config/a/b.py:2: error: c\nx.py:1: note: d\nFound 2 errors\n"
     )
-    assert {room: len(lines) for room, lines in tool("lint_types").by_room(output).items()} == {
+    assert {name: len(lines) for name, lines in tool("lint_types").by_package(output).items()} == {
         "exprl_megatron": 1,
         "exprl_megatron/config": 1,
     }
 
 
-def test_a_room_may_not_have_more_than_is_recorded_and_none_without_a_record(tool, tmp_path, capsys):
+def test_a_package_may_not_have_more_than_is_recorded_and_none_without_a_record(tool, tmp_path, capsys):
     record = tmp_path / "ratchet.json"
     record.write_text(json.dumps({"words": {"a": 2}}))
     ratchet = tool("ratchet").Ratchet("words", record)

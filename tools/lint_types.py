@@ -12,7 +12,7 @@ from ratchet import Ratchet, package_of
 _ERROR = re.compile(r"^(?P<path>[^:]+\.py):\d+: error: ")
 
 
-def by_room(output: str) -> dict[str, list[str]]:
+def by_package(output: str) -> dict[str, list[str]]:
     """Return mypy's errors in each package."""
     lines = defaultdict(list)
     for line in output.splitlines():
@@ -30,7 +30,7 @@ def main() -> int:
     if done.returncode > 1 or done.stderr:
         print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
         return done.returncode or 1
-    lines = by_room(done.stdout)
+    lines = by_package(done.stdout)
     return Ratchet("types").judge(
         {package: len(of_package) for package, of_package in lines.items()}, lines, update=update
     )

@@ -1,4 +1,4 @@
-"""Refuses words that are not plain engineering English, in comments, docstrings, messages and pages.
+"""Refuses words that are not plain engineering English, in comments, docstrings, messages, names of tests and pages.
 
 A dictionary checker such as codespell would also read identifiers, and Vale is not on the package index; what is needed
 is the prose of Python files alone, so the tokens of the standard library are read here.
@@ -74,6 +74,8 @@ def prose(path: Path) -> Iterator[tuple[int, str]]:
 def _of_python(text: str) -> Iterator[tuple[int, str]]:
     kinds = (tokenize.COMMENT, tokenize.STRING, tokenize.FSTRING_MIDDLE)
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.NAME and token.string.startswith("test_"):
+            yield token.start[0], token.string.replace("_", " ")
         # A string without a space is a name, such as a value of the config.
         if token.type in kinds and " " in token.string:
             for offset, line in enumerate(token.string.splitlines()):

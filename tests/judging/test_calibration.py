@@ -66,7 +66,7 @@ def test_ranks_and_their_correlation_equal_scipys():
 
 
 @pytest.mark.parametrize("x, y", [([1, 2], [3, 4]), ([2, 2, 2], [1, 2, 3]), ([1, 2, 3], [7, 7, 7])])
-def test_a_correlation_that_cannot_be_had_is_nan(x, y):
+def test_a_correlation_that_is_not_defined_is_nan(x, y):
     assert math.isnan(rank_correlation(x, y))
 
 

@@ -139,7 +139,7 @@ def test_emulation_is_for_machines_without_cuda_alone(kind):
         (dict(kind="fp32", capability=CPU, fp8_parameters=True), "policy.precision.fp8_parameters is True but"),
     ],
 )
-def test_what_cannot_be_had_together_is_refused_in_one_sentence(names, refused):
+def test_settings_that_exclude_each_other_are_refused_in_one_sentence(names, refused):
     found = refusals(**names)
     if refused is None:
         assert found == []

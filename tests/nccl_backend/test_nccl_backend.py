@@ -127,7 +127,7 @@ def test_destroying_waits_for_the_other_members(words):
 
 
 @scenario("broken_member")
-def test_a_member_that_breaks_off_is_not_noticed_before_the_timeout_or_an_abort(words):
+def test_a_member_that_aborts_is_not_noticed_before_the_timeout_or_an_abort(words):
     assert words[0].startswith("False: ") and "was not done within the group's timeout of 4 s" in words[0]
     assert words[2].startswith("False: ") and words[2].endswith("was aborted")
 

@@ -67,14 +67,14 @@ def test_the_kernel_is_looked_for_as_megatron_does(apex):
         (True, False, "bf16", "this machine does not run on CUDA"),
     ],
 )
-def test_a_fusion_that_cannot_be_had_is_refused(apex, installed, cuda, kind, sentence):
+def test_a_fusion_that_is_not_available_is_refused(apex, installed, cuda, kind, sentence):
     apex(installed)
     (found,) = fusion_violations(policy(True, kind), cuda)
     assert sentence in found and found.startswith("policy.gradient_accumulation_fusion is true, but")
     assert fusion_violations(policy(None, kind), cuda) == fusion_violations(policy(False, kind), cuda) == []
 
 
-def test_a_fusion_that_can_be_had_is_not_refused(apex):
+def test_a_fusion_that_is_available_is_not_refused(apex):
     apex(True)
     assert fusion_violations(policy(True), cuda=True) == []
 

@@ -30,7 +30,7 @@ def listening() -> set[tuple[str, int]]:
     return {c.laddr[:2] for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
 
 
-def test_a_stranger_finds_no_rank_at_the_port_that_everybody_knows(rank_0):
+def test_a_client_without_the_key_finds_no_rank_at_the_known_port(rank_0):
     before = listening()
     world._start_process_group(10.0, "the run's key")
     ((address, port),) = listening() - before

@@ -114,7 +114,7 @@ def test_a_signal_ends_a_command_in_one_sentence_and_a_second_one_does_not_cut_i
 
 
 @pytest.mark.parametrize("busy", DROPPING.values(), ids=DROPPING)
-def test_a_signal_ends_a_command_in_the_midst_of_code_that_drops_exceptions(busy):
+def test_a_signal_ends_a_command_during_code_that_drops_exceptions(busy):
     process = started(busy)
     os.kill(process.pid, signal.SIGTERM)
     out, errors = process.communicate(timeout=120)
@@ -122,7 +122,7 @@ def test_a_signal_ends_a_command_in_the_midst_of_code_that_drops_exceptions(busy
     assert errors == "exprl: Stopped by SIGTERM, and so is all that it had started; continue with `exprl`.\n"
 
 
-def test_a_request_to_stop_is_not_lost_in_the_midst_of_code_that_drops_exceptions():
+def test_a_request_to_stop_is_not_lost_during_code_that_drops_exceptions():
     busy = DROPPING["in a finalizer"]
     process = started(f"from exprl_megatron.launch.preemption import stop_on_sigusr1; stop_on_sigusr1(); {busy}")
     os.kill(process.pid, signal.SIGUSR1)

@@ -179,7 +179,7 @@ def test_bidirectional_attention_and_a_request_that_is_alone_are_left_to_sglang(
 
 
 @pytest.mark.slow
-def test_servers_have_it_in_the_place_of_sglang_s_loop_with_the_same_numbers(tmp_path):
+def test_servers_have_it_in_place_of_sglang_s_loop_with_the_same_numbers(tmp_path):
     """The benchmark calls SGLang's backend as its plugins leave it, and what it was before."""
     figures = tmp_path / "figures.json"
     command = [sys.executable, "-W", "ignore", ROOT / "tools" / "bench_cpu_decode.py", "--rounds", "1"]

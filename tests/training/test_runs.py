@@ -190,7 +190,7 @@ def test_every_kind_of_stage_learns_and_logs_what_it_did(mixed_run):
         assert any(not before[name].equal(after[name]) for name in before)
 
 
-def test_dynamic_sampling_draws_further_problems_in_the_place_of_equal_groups(mixed_run):
+def test_dynamic_sampling_draws_further_problems_in_place_of_equal_groups(mixed_run):
     sampled = Journal(RunDirectory(mixed_run.directory).journal).read("dapo", 1)
     assert len(sampled.groups) == 2
     # An untrained model solves nothing, so that both groups are replaced once.
