@@ -12,7 +12,7 @@ from exprl_megatron.config.stages import JudgedStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.inspection.rollout_steps import logged_steps
 from exprl_megatron.inspection.rollout_tables import HASH_DIGITS, score_text, versions_text
-from exprl_megatron.judging.judgement import Abstained, Judgement, judgement_to_dict
+from exprl_megatron.judging.judgement import Judgement, Scored, judgement_to_dict
 from exprl_megatron.reporting.plain_text import escaped_line
 from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.runs.directory import RunDirectory, read_config
@@ -118,13 +118,13 @@ def _of_step(journal: Journal, stage: str, step: int) -> Iterator[LoggedJudgemen
 
 
 def _fits(each: LoggedJudgement, conditions: JudgementFilter) -> bool:
-    without = isinstance(each.judgement, Abstained)
-    if conditions.problem not in (None, each.problem_id) or (conditions.abstained and not without):
+    judgement = each.judgement
+    if conditions.problem not in (None, each.problem_id) or (conditions.abstained and isinstance(judgement, Scored)):
         return False
     if conditions.score is None:
         return True
     low, high = conditions.score
-    return not without and low <= each.judgement.value <= high
+    return isinstance(judgement, Scored) and low <= judgement.value <= high
 
 
 def _cells(each: LoggedJudgement) -> list[str]:

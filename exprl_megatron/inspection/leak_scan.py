@@ -1,7 +1,7 @@
 """`exprl leak-scan`: whether a run's saved rollouts show that anything of a reference reached the policy."""
 
 import json
-from collections import Counter
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from exprl_megatron.reporting.fitted_table import print_table
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory, read_config
 from exprl_megatron.runs.journal import Journal
+from exprl_megatron.utils.required import required
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,24 +133,26 @@ def _scan_stage(
     leaking: dict[str, None],
 ) -> StageScan:
     """Scan a stage; `leaking` gets the problems that leak, in order."""
-    steps, found, terminal = journal.steps(stage), Counter(requests=0), Console(stderr=True)
+    steps, terminal = journal.steps(stage), Console(stderr=True)
+    found: dict[str, float] = defaultdict(float)
     for step in track(steps, f"scanning {stage}", console=terminal, transient=True, disable=not terminal.is_terminal):
-        for group in journal.read(stage, step).groups:
+        for group in required(journal.read(stage, step), f"step {step} of {stage} in the rollout log").groups:
             here = _findings(group, problems, tokenizer)
             if any(here[name] for name in LEAKS):
                 leaking[group.problem_id] = None
-            found.update(here)
+            for name, value in here.items():
+                found[name] += value
     guarded = found["requests"] - found["unguarded_requests"]
     counts = {field.name: int(found[field.name]) for field in fields(StageScan)[2:-1]}
     return StageScan(stage, len(steps), **counts, reproduced=found["reproduced"] / guarded if guarded else 0.0)
 
 
-def _findings(group: Group, problems: _GuardedProblems, tokenizer: "PreTrainedTokenizerBase") -> Counter[str]:
+def _findings(group: Group, problems: _GuardedProblems, tokenizer: "PreTrainedTokenizerBase") -> dict[str, float]:
     """Return a group's share of the counts of StageScan; `reproduced` is a sum here."""
     guard, own, other = problems.guard, group.problem_id, problems.next(group.problem_id)
     prompts = {sample.trace.prompt_ids.tobytes(): sample.trace.prompt_ids for sample in group.samples}
     requests = {key: tokenizer.decode(ids.tolist()) for key, ids in prompts.items()}
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     for trace in (sample.trace for sample in group.samples):
         request, overlap = requests[trace.prompt_ids.tobytes()], guard.overlap(own, trace.text)
         found["requests"] += 1

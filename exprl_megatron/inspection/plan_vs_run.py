@@ -141,7 +141,7 @@ def _rows(stage: str, planned: Plan, steps: list[dict]) -> list[ComparedFigure]:
             rows.append(ComparedFigure(stage, name, predicted or None, median(clocks) if clocks else None))
     # A checkpoint is written between steps.
     whole = sum(seconds.values()) - seconds["save"]
-    measured = [seconds for step in steps if (seconds := step.get("seconds/step"))]
+    measured = [took for step in steps if (took := step.get("seconds/step"))]
     return [*rows, ComparedFigure(stage, "step", whole, median(measured) if measured else None)]
 
 

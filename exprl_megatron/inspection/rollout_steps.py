@@ -8,7 +8,7 @@ import numpy as np
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stage_kinds import CustomStageConfig
-from exprl_megatron.config.stages import SelfDistillStage, Stage
+from exprl_megatron.config.stages import Stage
 from exprl_megatron.errors import UserError
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.rollout.group import Group
@@ -121,7 +121,9 @@ def step_advantages(stage: Stage, groups: list[Group]) -> list[list[TokenAdvanta
     Raises:
         UserError: the log does not fit the stage.
     """
-    if isinstance(stage, SelfDistillStage | CustomStageConfig):
+    if isinstance(stage, CustomStageConfig) or not isinstance(
+        stage, ExprlOutcomeStage | ExprlProcessStage | SparseRlStage
+    ):
         return None
     # It imports torch, which takes seconds and is needed here alone.
     from exprl_megatron.training.train_samples import token_advantages

@@ -3,6 +3,7 @@
 import json
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
@@ -40,22 +41,24 @@ def store_file(run: Path | None, store: Path | None) -> Path:
     """Return the path of the judgement store: `store` itself, or that of the run in directory `run`.
 
     Raises:
-        UserError: neither is given, or the file does not exist.
+        UserError: neither or both are given, or the file does not exist.
     """
-    if (run is None) == (store is None):
-        raise UserError("No judgement store is named; give --run DIR or --store FILE.")
-    if run is not None:
+    if run is not None and store is None:
         directory = RunDirectory(run)
         judge = read_config(directory).judge
-        store = Path(judge.store) if judge is not None and judge.store is not None else directory.judgements
-    if not store.is_file():
-        raise UserError(f"There is no judgement store {store}; give --run DIR or --store FILE of a run that judged.")
-    return store
+        file = Path(judge.store) if judge is not None and judge.store is not None else directory.judgements
+    elif store is not None and run is None:
+        file = store
+    else:
+        raise UserError("Exactly one judgement store is shown; give either --run DIR or --store FILE.")
+    if not file.is_file():
+        raise UserError(f"There is no judgement store {file}; give --run DIR or --store FILE of a run that judged.")
+    return file
 
 
 def entry_to_dict(entry: Entry) -> dict:
     """Return {hash, kind, kept, asked, answer} and, by its kind, {judgement: {kind, ...}} or {rubric}."""
-    record = {"hash": entry.key, "kind": _kind(entry), "kept": _time(entry)}
+    record: dict[str, Any] = {"hash": entry.key, "kind": _kind(entry), "kept": _time(entry)}
     record |= {"asked": entry.question, "answer": entry.answer}
     if isinstance(entry.result, str):
         return record | {"rubric": json.loads(entry.result)}

@@ -89,7 +89,7 @@ def test_a_runs_store_is_found(exprl, file, tmp_path, elsewhere):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["a1a1a1"], "No judgement store is named; give --run DIR or --store FILE."),
+        (["a1a1a1"], "Exactly one judgement store is shown; give either --run DIR or --store FILE."),
         (["a1a1a1", "--store", "nowhere.sqlite"], "There is no judgement store nowhere.sqlite"),
         (["a1a1a1", "--run", "nowhere"], "There is no run in nowhere"),
         (["a1a1a1", "--store", "FILE"], "begin with a1a1a1: a1a1a1a1a1a1a1a1, a1a1a1a1a1a1a1a1; give more digits."),
