@@ -8,7 +8,7 @@ import numpy as np
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stage_kinds import CustomStageConfig
-from exprl_megatron.config.stages import Stage
+from exprl_megatron.config.stages import ExprlOutcomeStage, ExprlProcessStage, SparseRlStage, Stage
 from exprl_megatron.errors import UserError
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.rollout.group import Group

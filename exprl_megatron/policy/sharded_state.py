@@ -21,11 +21,14 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from exprl_megatron.policy.named_weights import named_weights
 from exprl_megatron.policy.policy import Policy
+from exprl_megatron.utils.required import required
+
+_STAGE = "the stage that begin_stage starts"
 
 
 def sharded_state(policy: Policy, loading: bool, same_layout: bool = True) -> dict:
     """Return Megatron's sharded description of everything that goes into the torch_dist files."""
-    stage, world = policy.stage, policy.world
+    stage, world = required(policy.stage, _STAGE), policy.world
     models = {f"model{i}": chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(policy.chunks)}
     state = dict(models)
     state["optimizer"] = stage.optimizer.sharded_state_dict(models, is_loading=loading, metadata=_metadata())
@@ -65,7 +68,8 @@ def _metadata() -> dict:
 
 def _ref_weights(policy: Policy, index: int) -> dict:
     """Return the description of a chunk's weights, with the reference policy's values under names of their own."""
-    chunk, ref_weights = policy.chunks[index], policy.stage.ref_weights[index]
+    chunk = policy.chunks[index]
+    ref_weights = required(required(policy.stage, _STAGE).ref_weights, "the reference policy")[index]
     values = {id(weight): ref_weights[name] for name, weight in named_weights(chunk)}
     described = chunk.sharded_state_dict(metadata=_metadata())
     for shard in nested_values(described):
