@@ -14,6 +14,8 @@ slots: SGLang reserves slots for an answer even where none is requested (max_req
 RETURN_ROUTED_EXPERTS = "--enable-return-routed-experts"
 """SGLang's argument for a server that returns the experts that it chooses, to requests that ask for them."""
 
+_OTHER_DIVISIONS = ("--ep", "--ep-size", "--expert-parallel-size", "--enable-dp-attention", "--moe-dense-tp-size")
+
 
 class ServerConfig(Config):
     """One kind of SGLang server (policy or judge)."""
@@ -61,6 +63,11 @@ class ServerConfig(Config):
     def names_attention_backend(self) -> bool:
         """Whether `extra_args` choose SGLang's attention kernels, instead of SGLang by GPU and model."""
         return any(argument.partition("=")[0] == "--attention-backend" for argument in self.extra_args)
+
+    @property
+    def divides_otherwise(self) -> bool:
+        """Whether `extra_args` divide attention or experts over a server's ranks in another way than `tp` does."""
+        return any(argument.partition("=")[0] in _OTHER_DIVISIONS for argument in self.extra_args)
 
     @property
     def memory_share(self) -> float | None:

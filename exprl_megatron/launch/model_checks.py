@@ -28,7 +28,7 @@ def model_violations(config: RunConfig) -> list[str]:
         *kernel_violations(architecture, uses_cuda()),
         *_length_violations(config, architecture),
         *_fused_rotation_violations(config, architecture),
-        *served_violations(config, architecture),
+        *served_violations(config, architecture, uses_cuda()),
         *replay_violations(config, architecture),
     ]
 

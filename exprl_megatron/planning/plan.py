@@ -255,7 +255,7 @@ def _illegal(config, stage, architecture: Architecture, workload, gpu) -> list[s
     return [
         *layout_violations(architecture, config.policy.layout),
         *position_violations(architecture, config.policy.max_tokens, config.policy.model),
-        *served_violations(config, architecture),
+        *served_violations(config, architecture, cuda=True),
         *(precision_violations(setting) if gpu.fp8_kinds else []),
     ]
 

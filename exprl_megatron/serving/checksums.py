@@ -33,9 +33,9 @@ class ServerChecksums:
     """Computes what `SGLangClient.checksums` returns for a server that holds the added weights.
 
     Tensors may come in any order, on any device; parts of a fused parameter are kept until it is complete, and those
-    of experts until all ahead of them are there. `kv_heads`: the model's; where `tp` is more, ranks share them.
-    `experts`: in a layer; `sigmoid_router`: see served_dtype; `delta_net`: the model's. `tied`: the model has
-    tie_word_embeddings, so that an `lm_head.weight` is left out.
+    of experts until all ahead of them are there. `kv_heads`: the model's. `experts`: in a layer; `sigmoid_router`: see
+    served_dtype; `delta_net`: the model's. `tied`: the model has tie_word_embeddings, so that an `lm_head.weight` is
+    left out.
     """
 
     def __init__(

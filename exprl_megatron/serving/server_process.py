@@ -16,6 +16,7 @@ from exprl_megatron.processes.log_tail import log_tail
 from exprl_megatron.processes.starter import Starter
 from exprl_megatron.serving.health import healthy
 from exprl_megatron.serving.keys import KEY_FILE, authorization, ensure_key
+from exprl_megatron.serving.served_model import check_served_model
 from exprl_megatron.serving.server_command import server_command, server_environment
 from exprl_megatron.utils.accelerator import hide_unused_cuda, uses_cuda
 from exprl_megatron.utils.ports import LOCAL, free_ports, gloo_on_loopback, interface, is_free
@@ -74,7 +75,7 @@ class ServerSpec:
         Raises:
             UserError: it cannot.
         """
-        _check_model(self)
+        check_served_model(self.model, self.name, self.config, uses_cuda())
         if self.dtype == "float32" and not self.config.names_attention_backend and uses_cuda():
             raise UserError(
                 f"{self.name} would serve float32, in which SGLang's attention kernels on CUDA do not compute; choose "
@@ -231,7 +232,7 @@ def wait_servers(servers: Sequence[Server]) -> None:
 def check_servers(specs: Sequence[ServerSpec]) -> list[int]:
     """Return the ports that the servers would get now; starts nothing. Raises as `launch_servers` does."""
     ports = _ports(specs)
-    for spec in specs:
+    for spec in {(type(spec), spec.model, spec.dtype, spec.config): spec for spec in reversed(specs)}.values():
         spec.check()
     return ports
 
@@ -303,12 +304,3 @@ def _ports(specs: Sequence[ServerSpec]) -> list[int]:
         configured[spec.port] = spec.name
     free = iter(free_ports(sum(spec.port is None for spec in specs), set(configured)))
     return [next(free) if spec.port is None else spec.port for spec in specs]
-
-
-def _check_model(spec: ServerSpec) -> None:
-    if not (spec.model / "config.json").is_file():
-        raise UserError(
-            f"{spec.model}, the model of {spec.name}, has no config.json; give a directory in Hugging Face form."
-        )
-    if not any(spec.model.glob("*.safetensors")):
-        raise UserError(f"{spec.model}, the model of {spec.name}, has no *.safetensors; put the weights there.")

@@ -1,8 +1,12 @@
 """How an SGLang server cuts Hugging Face tensors over its tensor-parallel ranks, by the names of their modules.
 
 Query, key, value, gate and up projections, the embedding and the head are cut by rows, output and down projections by
-columns, the rest is whole on every rank (SGLang 0.5.23). What of that is equal parts is padded with zeros. All of a
-gated delta net but its norm is cut by heads; where queries, keys and values are one tensor, each of them on its own.
+columns, the rest is whole on every rank (SGLang 0.5.23). All of a gated delta net but its norm is cut by heads; where
+queries, keys and values are one tensor, each of them on its own.
+
+What does not divide is padded with zeros: the vocabulary, and on a CPU an MLP's inner numbers and attention's heads too
+(adjust_config_with_unaligned_cpu_tp). There ranks without a KV head of their own have one of zeros; on CUDA they share
+the model's.
 """
 
 import math
@@ -23,6 +27,7 @@ _BY_HEADS = ("A_log", "dt_bias")
 """Vectors of a gated delta net, which are in no module of their own."""
 _QUERY_KEY_VALUE = ("in_proj_qkv", "conv1d")
 _DELTA_NET = (*_QUERY_KEY_VALUE, "in_proj_z", "in_proj_b", "in_proj_a", *_BY_HEADS)
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _BY_ROWS = ("q_proj", "k_proj", "v_proj", *_MLP_BY_ROWS, *_VOCABULARY, *_DELTA_NET)
 _BY_COLUMNS = ("o_proj", "out_proj", *_MLP_BY_COLUMNS)
 _VOCABULARY_MULTIPLE = 64
@@ -65,16 +70,14 @@ def rectangle(shape: tuple[int, ...]) -> tuple[int, int]:
 def rank_cut(module: str, shape: tuple[int, ...], rank: int, tp: int, kv_heads: int, server: Device) -> Cut | None:
     """Return the part of a tensor of the module (`q_proj`, ...) that rank `rank` of `tp` holds; None: all of it.
 
-    `kv_heads`: the model's; where `tp` is more, ranks share them.
+    `kv_heads`: the model's.
     """
     dim = 0 if module in _BY_ROWS else 1 if module in _BY_COLUMNS else None
     if dim is None:
         return None
-    if module in ("k_proj", "v_proj") and kv_heads < tp:
+    if server == "cuda" and module in ("k_proj", "v_proj") and kv_heads < tp:
         rank, tp = rank * kv_heads // tp, kv_heads
-    padded = _up(shape[dim], _VOCABULARY_MULTIPLE) if module in _VOCABULARY else shape[dim]
-    inner = server == "cpu" and module in (*_MLP_BY_ROWS, *_MLP_BY_COLUMNS)
-    size = _up(padded, tp * _CPU_MLP_MULTIPLE if inner else tp) // tp
+    size = _padded(module, shape[dim], tp, kv_heads, server) // tp
     start = min(rank * size, shape[dim])
     count = min(size, shape[dim] - start)
     return Cut(dim, start, count, size - count)
@@ -104,6 +107,19 @@ def _need(name: str, first: int, shape: tuple[int, ...], cut: Cut | None) -> Req
     if cut is not None:
         extents[cut.dim] = (cut.start, cut.count)
     return RequiredSlice(name, first + extents[0][0], extents[0][1], *extents[1])
+
+
+def _padded(module: str, size: int, tp: int, kv_heads: int, server: Device) -> int:
+    """Return the length, over all ranks, of a dimension of `size` with the zeros that are behind it."""
+    if module in _VOCABULARY:
+        padded = _up(size, _VOCABULARY_MULTIPLE)
+        return padded if padded % tp == 0 else _up(size, _VOCABULARY_MULTIPLE * tp)
+    if server == "cpu" and module in (*_MLP_BY_ROWS, *_MLP_BY_COLUMNS):
+        return _up(size, tp * _CPU_MLP_MULTIPLE)
+    if server == "cpu" and module in _ATTENTION:
+        # Each KV head comes with the heads of queries that use it.
+        return size // kv_heads * _up(kv_heads, tp)
+    return _up(size, tp)
 
 
 def _up(size: int, multiple: int) -> int:

@@ -114,13 +114,25 @@ def test_sglangs_fused_rotation_is_refused_for_experts_with_stretched_positions(
     ] * refused
 
 
-@pytest.mark.parametrize(("family", "tp", "refused"), [("olmo3", 4, True), ("olmo3", 2, False), ("qwen3", 4, False)])
-def test_norms_over_all_heads_are_not_served_by_more_ranks_than_there_are_kv_groups(
+@pytest.mark.parametrize(
+    ("family", "tp", "refused"),
+    [
+        ("olmo3", 4, True),
+        ("olmo3", 3, True),
+        ("olmo3", 2, False),
+        ("mixtral", 4, True),
+        ("mixtral", 2, False),
+        ("qwen3", 4, False),
+        ("qwen3", 3, False),
+    ],
+)
+def test_families_that_sglang_computes_wrongly_with_padded_heads_are_served_by_ranks_that_divide_their_kv_groups(
     tmp_path, tiny_model, family, tp, refused
 ):
     config = run(tmp_path, tiny_model(family), "sparse-rl")
     found = model_violations(config.model_copy(update={"server": config.server.model_copy(update={"tp": tp})}))
-    assert [sentence.split(" of ")[0] for sentence in found] == ["server.tp is 4, more than the 2 KV groups"] * refused
+    begin = f"server.tp is {tp}, which does not divide the 2 KV groups"
+    assert [sentence.split(" of ")[0] for sentence in found] == [begin] * refused
 
 
 @pytest.mark.parametrize(
@@ -142,12 +154,41 @@ def test_a_server_s_ranks_divide_the_heads_of_gated_delta_nets(tmp_path, tiny_mo
         assert sentence.startswith(f"server.tp is {tp}, which does not divide the {heads} of the gated delta nets of ")
 
 
-@pytest.mark.parametrize(("family", "refused"), [("qwen3.5", True), ("qwen3.5-moe", True), ("qwen3", False)])
-def test_gated_delta_nets_are_not_served_in_fp8(tmp_path, tiny_model, family, refused):
-    config = run(tmp_path, tiny_model(family), "sparse-rl")
-    found = model_violations(config.model_copy(update={"sync": config.sync.model_copy(update={"fp8": True})}))
-    assert len(found) == refused
-    assert all(sentence.startswith("sync.fp8 is true, but gated delta nets, as ") for sentence in found)
+BLOCKS = {"hidden": 512, "heads": 4, "kv_heads": 2}
+"""Heads of 128, and an MLP of 768 columns."""
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "tp", "sentences"),
+    [
+        ("qwen3.5", {}, 1, ["gated delta nets, as "]),
+        ("qwen3.5-moe", {}, 1, ["gated delta nets, as "]),
+        ("qwen3", BLOCKS, 2, []),
+        ("qwen3", BLOCKS, 4, ["4 ranks (server.tp) have 192 each of the 768 MLP columns of "]),
+        ("qwen3", {}, 1, [f"1 ranks (server.tp) have {n} each of the {n} " for n in (64, 32, 96)]),
+        ("glm4-moe", BLOCKS | {"moe_intermediate_size": 256}, 2, []),
+        (
+            "glm4-moe",
+            BLOCKS | {"moe_intermediate_size": 128},
+            2,
+            [
+                f"2 ranks (server.tp) have 64 each of the 128 columns of {what} of "
+                for what in ("an expert", "the shared expert")
+            ],
+        ),
+        ("olmo3", BLOCKS, 2, []),
+    ],
+)
+def test_what_servers_in_fp8_cannot_hold_is_refused(tmp_path, tiny_model, family, settings, tp, sentences):
+    config = run(tmp_path, tiny_model(family, **settings), "sparse-rl")
+    changes = {"sync": {"fp8": True}, "server": {"tp": tp}}
+    config = config.model_copy(
+        update={key: getattr(config, key).model_copy(update=each) for key, each in changes.items()}
+    )
+    found = model_violations(config)
+    assert len(found) == len(sentences)
+    for sentence, begin in zip(found, sentences, strict=True):
+        assert sentence.startswith(f"sync.fp8 is true, but {begin}")
 
 
 @pytest.mark.parametrize(

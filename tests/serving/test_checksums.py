@@ -155,9 +155,41 @@ def test_ranks_hold_their_heads_their_columns_and_their_words():
         "model.norm.weight": sha(norm),
         "lm_head.weight": sha(head[32:]),
     }
-    # Two key-value heads among four ranks: the third has the second, as the fourth has.
-    third = rank_checksums(weights.items(), tp=4, kv_heads=2, tied=False)[2]
-    assert third[f"{ATTENTION}.qkv_proj.weight"] == sha(q[4:6], k[2:], v[2:])
+
+
+def test_ranks_without_a_kv_head_have_zeros_on_a_cpu_and_share_one_on_cuda():
+    """Two KV heads of two numbers, each with two heads of queries, among four ranks, and among three."""
+    names = [f"{ATTENTION}.{part}_proj.weight" for part in "qkvo"]
+    q, k, v, o = torch.randn(8, 3), torch.randn(4, 3), torch.randn(4, 3), torch.randn(3, 8)
+    weights = dict(zip(names, (q, k, v, o), strict=True))
+    weights |= {name.replace("weight", "bias"): tensor[:, 0].contiguous() for name, tensor in list(weights.items())[:3]}
+    for tp in (3, 4):
+        found = rank_checksums(weights.items(), tp=tp, kv_heads=2, tied=False)
+        assert found[1] == {
+            f"{ATTENTION}.qkv_proj.weight": sha(q[4:].numpy(), k[2:].numpy(), v[2:].numpy()),
+            f"{ATTENTION}.qkv_proj.bias": sha(*(part[:, 0].numpy() for part in (q[4:], k[2:], v[2:]))),
+            f"{ATTENTION}.o_proj.weight": sha(o[:, 4:].contiguous().numpy()),
+        }
+        for padded in found[2:]:
+            assert padded == {
+                f"{ATTENTION}.qkv_proj.weight": sha(numpy.zeros((8, 3), numpy.float32)),
+                f"{ATTENTION}.qkv_proj.bias": sha(numpy.zeros(8, numpy.float32)),
+                f"{ATTENTION}.o_proj.weight": sha(numpy.zeros((3, 4), numpy.float32)),
+            }
+    third = rank_checksums(list(weights.items())[:3], tp=4, kv_heads=2, tied=False, server="cuda")[2]
+    joined = checksums([("joined", torch.cat([q[4:6], k[2:], v[2:]]))], tied=False, server="cuda")
+    assert [*third.values()] == [*joined.values()]
+
+
+@pytest.mark.parametrize(("tp", "rows"), [(1, 192), (2, 96), (3, 64), (5, 64)])
+def test_a_vocabulary_is_padded_to_multiples_of_64_that_ranks_divide(tp, rows):
+    """As VocabParallelEmbedding: 131 to 192, which five ranks do not divide, and so to 320."""
+    embedding = torch.randn(131, 3)
+    whole = torch.cat([embedding, torch.zeros(320 - 131, 3)])
+    found = rank_checksums([("model.embed_tokens.weight", embedding)], tp=tp, kv_heads=1, tied=False)
+    assert [each["model.embed_tokens.weight"] for each in found] == [
+        sha(whole[rank * rows : (rank + 1) * rows].numpy()) for rank in range(tp)
+    ]
 
 
 def test_on_a_cpu_ranks_hold_a_multiple_of_32_of_an_mlp():

@@ -1,9 +1,10 @@
-"""Every transport to servers of two ranks, of the families that no other test has there.
+"""Every transport to servers of several ranks, of the families that no other test has there.
 
 GLM-4.5 in bf16, whose router's weight and bias servers keep in fp32; Olmo 3, whose norms of queries and keys servers
 have whole on every rank; Qwen3.5 in bf16, of whose tensors some are cut in sections, one is in fp32, and norms have a
 second copy; its mixture as it is published, with a layer's experts in one tensor, and a gate of the shared expert;
-Seed-OSS, which servers have the project's own class for, with biases; Mistral.
+Seed-OSS, which servers have the project's own class for, with biases; Mistral on four ranks, two of which have heads
+of zeros alone.
 """
 
 from pathlib import Path
@@ -30,10 +31,10 @@ from exprl_megatron.weight_sync.sync import WeightSync
 from exprl_megatron.weight_sync.transports import make_transport
 
 pytestmark = pytest.mark.slow
-TP = 2
 PROMPT = [3 + 7 * index % 120 for index in range(150)]
 SETTINGS = {"vocab_size": 131}
 LAYERS = {"glm4-moe": 3, "olmo3": 4, "qwen3.5": 4, "qwen3.5-moe": 2, "seed-oss": 2, "mistral": 2}
+RANKS = dict.fromkeys(LAYERS, 2) | {"mistral": 4}
 DTYPES = dict.fromkeys(LAYERS, "float32") | {"glm4-moe": "bfloat16", "qwen3.5": "bfloat16"}
 DELTA_NET = DeltaNet(key_heads=2, value_heads=4, key_dim=16, value_dim=24, kernel=4)
 CHECKED = {
@@ -53,11 +54,13 @@ def model_of(family, seed, tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def servers(tiny_model, tmp_path_factory):
-    config = ServerConfig(tp=TP, max_total_tokens=4096, request_deadline_s=120)
+    configs = {
+        family: ServerConfig(tp=tp, max_total_tokens=4096, request_deadline_s=120) for family, tp in RANKS.items()
+    }
     logs = tmp_path_factory.mktemp("logs")
     specs = [
         ServerSpec(family, model_of(family, 0, tiny_model, tmp_path_factory), config, logs, dtype=DTYPES[family])
-        for family in LAYERS
+        for family, config in configs.items()
     ]
     started = start_servers(specs, starter())
     yield dict(zip(LAYERS, started, strict=True))
@@ -83,16 +86,17 @@ def change(policy: Policy) -> None:
 
 def test_every_transport_delivers_every_bit_and_both_kinds_of_checksums_agree(servers, policy, tmp_path):
     family = policy.architecture.family
+    tp = RANKS[family]
     coordinator, client = RankCoordinator(120.0), servers[family].client()
     coordinator.run(client.__aenter__())
     try:
         for kind in ("broadcast", "direct", "handles", "disk", "delta"):
             choice = TransportChoice(kind, "")
             transport = make_transport(
-                choice, [client], TP, policy.world, coordinator, 60.0,
+                choice, [client], tp, policy.world, coordinator, 60.0,
                 directory=tmp_path / kind, model=Path(policy.config.model),
             )  # fmt: skip
-            sync = WeightSync(SyncConfig(bucket_mb=0.04), policy, coordinator, StaticPool([client]), transport, TP)
+            sync = WeightSync(SyncConfig(bucket_mb=0.04), policy, coordinator, StaticPool([client]), transport, tp)
             # The first delta is all weights.
             for version in (f"{kind}-1", f"{kind}-2")[: 2 if kind == "delta" else 1]:
                 change(policy)
@@ -100,7 +104,7 @@ def test_every_transport_delivers_every_bit_and_both_kinds_of_checksums_agree(se
                 assert sync.push_weights(version)["sync/gb"] > 0
                 buckets = gather_buckets(policy.chunks, policy.architecture, policy.world, 2**30)
                 tensors = [pair for bucket in buckets for pair in bucket]
-                expected = ServerChecksums(tp=TP, kv_heads=2, tied=False, **CHECKED.get(family, {}))
+                expected = ServerChecksums(tp=tp, kv_heads=2, tied=False, **CHECKED.get(family, {}))
                 expected.add(tensors)
                 assert coordinator.run(client.checksums()) == expected.result(), kind
             sync.close()
