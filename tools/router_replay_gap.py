@@ -24,7 +24,8 @@ from exprl_megatron.models.routing import Routing
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.router_replay import layer_routers
 from exprl_megatron.policy.world import enter_world, leave_world
-from exprl_megatron.serving.client import Generation, SGLangClient
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.generation import Generation
 from exprl_megatron.serving.server_process import SERVED_DTYPES, ServerSpec, start_servers
 
 VOCABULARY, PROMPT_TOKENS = 96, 16

@@ -10,7 +10,8 @@ from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.models.routing import Routing
 from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.serving.client import Generation, SGLangClient
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.generation import Generation
 from exprl_megatron.serving.static_pool import SamplingServers
 from exprl_megatron.utils.array_fields import ArrayFields
 from exprl_megatron.utils.loop_throttle import LoopThrottle

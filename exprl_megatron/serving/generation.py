@@ -1,9 +1,9 @@
-"""What SGLang's /generate answers, from the bytes of the reply to arrays, without a Python object for every token.
+"""What SGLang's /generate answers, from the bytes of the reply to arrays, which are checked.
 
 A server that we start sends log-probs as arrays in base64 (see flat_log_probs.py). SGLang's own reply of n tokens is
 some 46 n bytes, most of them the list `output_token_logprobs` of [log-prob, id, null]. Either is cut out of the reply
-by its key, which no JSON string can hold unescaped, and a list's numbers are parsed where they are; the rest is decoded
-as typed structs. A reply in any other form is refused.
+by its key, which no JSON string can hold unescaped, and a list's numbers are parsed where they are (see
+reply_arrays.py); the rest is decoded as typed structs. A reply in any other form is refused.
 """
 
 from collections.abc import Sequence
@@ -12,25 +12,28 @@ from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
-import pyarrow as pa
 
 from exprl_megatron.models.routing import Routing
 from exprl_megatron.serving.flat_log_probs import cut_flat_log_probs
+from exprl_megatron.serving.reply_arrays import (
+    INPUT_LOG_PROBS,
+    OUTPUT_IDS,
+    OUTPUT_LOG_PROBS,
+    cut_list,
+    id_list,
+    is_empty_list,
+    log_prob_entries,
+    refuse_repeats,
+)
 from exprl_megatron.serving.routed_experts import cut_routed_experts, read_routed_experts
 from exprl_megatron.utils.text_check import TextCheck
 
-_OUTPUT, _INPUT = b'"output_token_logprobs":', b'"input_token_logprobs":'
-_IDS = b'"output_ids":'
 _FIELDS = tuple(
     f'"{name}":'.encode() for name in ("text", "meta_info", "finish_reason", "weight_version", "weight_versions")
 )
 """What a reply may have once; a JSON string cannot hold these bytes."""
 LOG_PROB_ROUNDING = 1e-3
 """Log-probs of certain tokens may come out this little above 0."""
-_OPEN, _COMMA, _QUOTE, _ZERO = ord("["), ord(","), b'"', ord("0")
-_SPACE, _WHITESPACE = ord(" "), b" \t\r\n"
-_SHORT_IDS = 4096
-"""Bytes of a list of ids up to which Python's integers cost less than the calls of numpy and pyarrow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +120,6 @@ class _ScoresReply(msgspec.Struct):
 _REPLY = msgspec.json.Decoder(_Reply)
 _REPLIES = msgspec.json.Decoder(list[msgspec.Raw])
 _SCORES_REPLY = msgspec.json.Decoder(_ScoresReply)
-_ID_LIST = msgspec.json.Decoder(list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]])
 
 
 def reply_limit(tokens: int, watched: int = 0) -> int:
@@ -141,15 +143,15 @@ def read_generation(body: bytes, asked: ExpectedReply = _ANYTHING) -> Generation
     if asked.routing is not None:
         body, sent = cut_routed_experts(body)
     flat = None
-    if asked.log_probs and _is_empty_list(body, _OUTPUT):
+    if asked.log_probs and is_empty_list(body, OUTPUT_LOG_PROBS):
         body, flat = cut_flat_log_probs(body)
-    rest, block = _cut(body, _OUTPUT)
-    rest, ids = _cut(rest, _IDS)
-    _refuse_repeats(rest, _FIELDS)
+    rest, block = cut_list(body, OUTPUT_LOG_PROBS)
+    rest, ids = cut_list(rest, OUTPUT_IDS)
+    refuse_repeats(rest, _FIELDS)
     reply = _REPLY.decode(rest)
     meta = reply.meta_info
     # A value that is not a list of numbers has not been cut out.
-    token_ids = _ids(memoryview(reply.output_ids) if ids is None else ids, "output_ids")
+    token_ids = id_list(memoryview(reply.output_ids) if ids is None else ids, "output_ids")
     # An aborted request that was still waiting has no log-probs.
     log_probs, logged_ids = _listed_log_probs(block) if flat is None else flat
     if flat is not None and not len(token_ids):
@@ -187,7 +189,7 @@ def read_generation(body: bytes, asked: ExpectedReply = _ANYTHING) -> Generation
 
 def _listed_log_probs(block: memoryview | None) -> tuple[np.ndarray, np.ndarray]:
     """Return the log-probs, float32 [tokens], and the ids, int32 [tokens], of the list of SGLang's own reply."""
-    entries = _entries(block, "output_token_logprobs")
+    entries = log_prob_entries(block, "output_token_logprobs")
     return entries.log_probs(), entries.token_ids()
 
 
@@ -259,135 +261,17 @@ def read_scores(body: bytes, token_ids: Sequence[int] | np.ndarray) -> Scores:
     Raises:
         ValueError: the reply is damaged (see read_generation), or is about other tokens.
     """
-    rest, block = _cut(body, _INPUT)
-    _refuse_repeats(rest, _FIELDS)
+    rest, block = cut_list(body, INPUT_LOG_PROBS)
+    refuse_repeats(rest, _FIELDS)
     meta = _SCORES_REPLY.decode(rest).meta_info
     if block is None or meta.weight_version is None:
         raise ValueError(f"{'input_token_logprobs' if block is None else 'weight_version'} is missing")
     # The log-prob of the first entry was not asked for and is null.
     block = memoryview(bytes(block).replace(b"[[null,", b"[[0,", 1))
-    entries = _entries(block, "input_token_logprobs")
+    entries = log_prob_entries(block, "input_token_logprobs")
     ids = entries.token_ids()[1:]
     if not np.array_equal(ids, token_ids):
         raise ValueError(f"input_token_logprobs of {len(ids)} tokens that are not the {len(token_ids)} asked for")
     log_probs = entries.log_probs()
     _check_log_probs(log_probs, "input_token_logprobs")
     return Scores(log_probs[1:], meta.weight_version)
-
-
-def _is_empty_list(body: bytes, key: bytes) -> bool:
-    start = body.find(key) + len(key)
-    return body[start : start + 2] == b"[]"
-
-
-def _cut(body: bytes, key: bytes) -> tuple[bytes, memoryview | None]:
-    """Return `body` with an empty list for the value of `key`, and that value without white space; None: it has none.
-
-    What is cut out begins behind the key and ends with a bracket, but may still be anything. Raises ValueError where
-    `key` is there more than once, or where its entries are lists and the last one is not closed.
-    """
-    place = body.find(key)
-    if place < 0:
-        return body, None
-    start = place + len(key)
-    # No string is among the numbers: the list ends with the last bracket before the next one.
-    quote = body.find(_QUOTE, start)
-    end = body.rfind(b"]", start, len(body) if quote < 0 else quote) + 1
-    if body.find(key, end or start) >= 0:
-        _refuse_repeats(body, (key,))
-    if not end:
-        return body, None
-    if end == start + 2:
-        return body, memoryview(b"[]")
-    block = _dense(memoryview(body)[start:end])
-    if key != _IDS and block != b"[]" and block[-2:] != b"]]":
-        raise ValueError(f"{key.decode()} is not a list of [log-prob, id, null]")
-    return body[:start] + b"[]" + body[end:], block
-
-
-def _refuse_repeats(body: bytes, fields: Sequence[bytes]) -> None:
-    for field in fields:
-        if (count := body.count(field)) > 1:
-            raise ValueError(f"{field.decode().strip(':')} is there {count} times")
-
-
-def _dense(block: memoryview) -> memoryview:
-    """Return `block` without white space; not copied where there is none, and SGLang itself writes none."""
-    if not (np.frombuffer(block, np.uint8) <= _SPACE).any():
-        return block
-    return memoryview(bytes(block).translate(None, _WHITESPACE))
-
-
-@dataclass(frozen=True)
-class _Entries:
-    """A list `[[log-prob,id,null],...]` of `count` entries, and where the commas in it are."""
-
-    block: memoryview
-    commas: np.ndarray
-    field: str
-
-    def log_probs(self) -> np.ndarray:
-        """Return the log-probs, [count], float32."""
-        if not len(self.commas):
-            return np.empty(0, np.float32)
-        return _parsed(self.block, self._starts(), self.commas[0::3], pa.float32(), self.field)
-
-    def token_ids(self) -> np.ndarray:
-        """Return the token ids, [count], int32."""
-        if not len(self.commas):
-            return np.empty(0, np.int32)
-        return _parsed(self.block, self.commas[0::3] + 1, self.commas[1::3], pa.int32(), self.field)
-
-    def _starts(self) -> np.ndarray:
-        return np.concatenate(([2], self.commas[2::3] + 2))
-
-
-def _entries(block: memoryview | None, field: str) -> _Entries:
-    if block is None or block == b"[]":
-        return _Entries(memoryview(b""), np.empty(0, np.int64), field)
-    characters = np.frombuffer(block, np.uint8)
-    commas = np.flatnonzero(characters == _COMMA)
-    # Each entry has three commas, but the last has two; an entry opens after every third comma.
-    shaped = len(commas) % 3 == 2 and block[:2] == b"[[" and block[-7:] == b",null]]"
-    if not shaped or not (characters[commas[2::3] + 1] == _OPEN).all():
-        raise ValueError(f"{field} is not a list of [log-prob, id, null]")
-    return _Entries(block, commas, field)
-
-
-def _parsed(block: memoryview, starts: np.ndarray, ends: np.ndarray, kind: pa.DataType, field: str) -> np.ndarray:
-    """Return the numbers written between `starts` and `ends` [n] in `block`."""
-    count = len(starts)
-    # Every second string is what is between two numbers; it is marked as missing and so not read.
-    offsets = np.empty(2 * count + 1, np.int32)
-    offsets[0:-1:2], offsets[1::2], offsets[-1] = starts, ends, ends[-1]
-    valid = np.full(2 * count // 8 + 1, 0b01010101, np.uint8)
-    texts = pa.StringArray.from_buffers(2 * count, *map(pa.py_buffer, (offsets, block, valid)))
-    try:
-        numbers = texts.cast(kind)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{field}: {error}") from error
-    return np.frombuffer(numbers.buffers()[1], kind.to_pandas_dtype(), 2 * count)[::2].copy()
-
-
-def _ids(block: memoryview, field: str) -> np.ndarray:
-    """Return the ids (int32) of a list `[1,2,...]`."""
-    block = block if len(block) <= _SHORT_IDS else _dense(block)
-    if block[:1] != b"[" or block[-1:] != b"]":
-        raise ValueError(f"{field} is not a list of ids")
-    if len(block) <= _SHORT_IDS:
-        try:
-            return np.array(_ID_LIST.decode(block), np.int32)
-        except msgspec.DecodeError as error:
-            raise ValueError(f"{field} has an entry that is not an id") from error
-    if block == b"[]":
-        return np.empty(0, np.int32)
-    characters = np.frombuffer(block, np.uint8)[1:-1]
-    is_comma = characters == _COMMA
-    commas = np.flatnonzero(is_comma) + 1
-    try:
-        if not (is_comma | (characters - _ZERO < 10)).all():
-            raise ValueError(f"{field} has another character than digits and commas")
-        starts, ends = np.concatenate(([1], commas + 1)), np.concatenate((commas, [len(block) - 1]))
-        return _parsed(block, starts, ends, pa.int32(), field)
-    except ValueError as error:
-        raise ValueError(f"{field} has an entry that is not an id") from error

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from exprl_megatron.errors import RequestRefused, ServerError
-from exprl_megatron.serving.client import Generation
+from exprl_megatron.serving.generation import Generation
 from exprl_megatron.serving.health import healthy
 from exprl_megatron.serving.registered_client import RegisteredClient
 from exprl_megatron.serving.registry import Kind, Registry

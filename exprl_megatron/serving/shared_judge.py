@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from exprl_megatron.errors import ServerError
-from exprl_megatron.serving.client import Generation, SGLangClient
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.generation import Generation
 from exprl_megatron.serving.server_pool import ServerPool
 
 JUDGE_VERSION = "judge"

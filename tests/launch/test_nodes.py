@@ -12,8 +12,8 @@ import yaml
 from helpers.processes import family, left_behind, wait_until
 from helpers.runs import command_words, run_config, write_problems
 
-from exprl_megatron.errors import RunStopped, UserError
-from exprl_megatron.launch.exit_reports import exit_error, parse_exit_report
+from exprl_megatron.errors import Preempted, RunStopped, UserError
+from exprl_megatron.launch.exit_reports import RankFailed, exit_error, exit_report, parse_exit_report
 from exprl_megatron.launch.nodes import HeadNode, Node, WorkerNode
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
@@ -22,6 +22,12 @@ from exprl_megatron.utils.keyed_store import connect_store
 from exprl_megatron.utils.ports import free_ports
 
 STEPS = 6
+
+
+@pytest.mark.parametrize("kind", [RankFailed, RunStopped, UserError, Preempted])
+def test_a_reported_error_is_raised_as_what_it_was(kind):
+    found = exit_error(parse_exit_report(exit_report(kind("it ended")).encode(), "a rank's report"))
+    assert (type(found), str(found)) == (kind, "it ended")
 
 
 def test_each_node_has_as_many_ranks_as_any_other():

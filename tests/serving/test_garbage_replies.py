@@ -13,7 +13,7 @@ from aiohttp import web
 from exprl_megatron.config.serving import SamplingConfig, ServerConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.rollout.sampler import Prompt, sample_groups
-from exprl_megatron.serving import client, generation
+from exprl_megatron.serving import generation, generation_client
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.generation import reply_limit
 from exprl_megatron.serving.registry import RegisteredServer, Registry
@@ -201,7 +201,7 @@ def test_a_long_reply_is_read_in_another_thread_than_the_event_loops(monkeypatch
         threads.append(threading.current_thread())
         return generation.read_generation(*arguments)
 
-    monkeypatch.setattr(client, "read_generation", noted)
+    monkeypatch.setattr(generation_client, "read_generation", noted)
     monkeypatch.setattr("exprl_megatron.utils.reply_threads.LONG_REPLY", 2**15)
     for padding in (0, 2**14, 2**16):
         generated(Server(GOOD.replace(b"{", b"{" + b" " * padding, 1)))
