@@ -148,7 +148,7 @@ def test_an_endpoint_is_asked_about_each_alone():
 
 
 def test_equal_beginnings_are_asked_about_once_be_they_of_one_trace_or_of_two(tmp_path):
-    server = FaultyServer(READ, READ)
+    server = FaultyServer()
     with JudgementStore(tmp_path / "s.sqlite") as store:
 
         def other(judge):

@@ -284,15 +284,18 @@ def test_an_entry_point_that_two_packages_have_is_refused_with_both(monkeypatch)
 
 def test_step_metrics_that_never_return_are_left_out_and_the_run_continues():
     said, go_on = [], threading.Event()
-    calls = []
+    calls, called = [], threading.Event()
 
     def hangs(step, groups):
         calls.append(step)
+        called.set()
         go_on.wait()
         return {"custom/late": 1.0}
 
     metrics = log_failures(hangs, said.append, deadline_s=0.01)
     assert [metrics(StepInfo("a", number), []) for number in (1, 2)] == [{}, {}]
+    # Its thread may begin after the deadline.
+    assert called.wait(120)
     go_on.set()
     assert len(calls) == 1
     assert said == ["step_metrics gave no result within 0.01 s and is not called again; the run continues."]
