@@ -207,8 +207,9 @@ def test_what_the_server_finds_too_long_is_refused(with_judge):
 def test_an_abandoned_step_leaves_no_request_running_on_the_server(with_judge):
     async def ask(judge, client):
         grades = [asyncio.create_task(judge.grade(PROBLEM, text)) for text in TEXTS[:3]]
-        await asyncio.sleep(1)
-        running = await _is_busy(client)
+        async with asyncio.timeout(60):
+            while not (running := await _is_busy(client)):
+                await asyncio.sleep(0.05)
         for grade in grades:
             grade.cancel()
         await asyncio.gather(*grades, return_exceptions=True)

@@ -50,7 +50,7 @@ class Member:
         return dist.new_group(backend="nccl_like", timeout=timeout)
 
     def say(self, event: str) -> None:
-        """Other members can see, and wait for, what has happened: clocks say little of processes on a loaded machine."""
+        """Other members can see, and wait for, what has happened: a clock says little on a loaded machine."""
         self._events.set(event, "")
 
     def said(self, *events: str) -> bool:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from helpers.forking import starter
+from helpers.processes import wait_until
 from helpers.tiny_models import QWEN3_5, write_tiny_model, write_tiny_vision_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -91,6 +92,16 @@ def server_group(server):
     """The process group of the server proper, the one child of its supervisor."""
     (child,) = psutil.Process(server.pid).children()
     return child.pid
+
+
+async def long_request(client, seed):
+    """The task of a request for 900 tokens, some of which are sampled: another that was sent with it has ended."""
+    settings = {"temperature": 1.0, "regex": "[a-z ]{2000}"}
+    # The server compiles the expression's grammar before it takes the first request with it.
+    await client.generate(PROMPT[:3], max_new_tokens=1, seed=seed, **settings)
+    running = asyncio.create_task(client.generate(PROMPT[:3], max_new_tokens=900, seed=seed, **settings))
+    await client.generate(PROMPT, temperature=1.0, max_new_tokens=60, seed=seed)
+    return running
 
 
 def sampled(server, count=4, temperature=0.7):
@@ -403,9 +414,7 @@ def test_log_probs_as_arrays_are_those_of_the_list_that_sglang_sends_without_our
         found = [await client.generate(PROMPT, seed=1, **sampling)]
         found += await client.generate_all([PROMPT, PROMPT], [2, 3], **sampling)
         found.append(await client.generate(PROMPT, seed=4, watched_ids=[5, 6], **sampling))
-        long = client.generate(PROMPT[:3], seed=5, temperature=1.0, max_new_tokens=900, regex="[a-z ]{2000}")
-        running = asyncio.create_task(long)
-        await client.generate(PROMPT, seed=6, **sampling)
+        running = await long_request(client, 5)
         await client.pause("abort")
         await client.continue_()
         found.append(await running)
@@ -472,9 +481,7 @@ def test_a_trace_held_during_an_update_names_both_weight_versions(servers, tiny_
     directory = tiny_model("qwen3", **MODELS["qwen3"])
 
     async def ask(client):
-        long = client.generate(PROMPT[:3], temperature=1.0, max_new_tokens=900, seed=3, regex="[a-z ]{2000}")
-        running = asyncio.create_task(long)
-        await asyncio.sleep(1)
+        running = await long_request(client, 3)
         await client.pause("retract")
         await client.update_from_disk(directory, "later")
         await client.continue_()
@@ -519,9 +526,7 @@ def test_a_server_that_dies_is_an_error_at_once_and_leaves_nothing_in_shared_mem
     assert shared
 
     async def ask(client):
-        long = client.generate(PROMPT[:3], temperature=1.0, max_new_tokens=900, seed=3, regex="[a-z ]{2000}")
-        running = asyncio.create_task(long)
-        await asyncio.sleep(0.5)
+        running = await long_request(client, 3)
         os.killpg(server_group(server), signal.SIGKILL)
         await running
 
@@ -529,7 +534,4 @@ def test_a_server_that_dies_is_an_error_at_once_and_leaves_nothing_in_shared_mem
         on(server, ask)
     with pytest.raises(ServerError, match=r"llama-0 .*died or is not reachable"):
         on(server, lambda client: client.health())
-    deadline = time.monotonic() + 60
-    while any(path.exists() for path in shared) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert [path for path in shared if path.exists()] == []
+    wait_until(lambda: not any(path.exists() for path in shared), 120)
