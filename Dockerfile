@@ -45,11 +45,11 @@ COPY requirements/gpu.txt requirements/te-extension.txt /opt/requirements/
 RUN python3.12 -m venv /opt/uv && /opt/uv/bin/pip install uv==0.13.9
 RUN uv venv --python python3.12 /opt/exprl && uv pip sync --compile-bytecode /opt/requirements/gpu.txt
 
-# What is compiled, is compiled beside the image; it takes about half an hour of one core, and more for apex.
+# What is compiled is compiled in a stage of its own; it takes about half an hour of one core, and more for apex.
 FROM environment AS kernels
 ARG APEX=""
 RUN apt-get update && apt-get install -y --no-install-recommends git && rm -rf /var/lib/apt/lists/*
-# cuDNN's and NCCL's headers are those of the packages that torch brings along.
+# cuDNN's and NCCL's headers are those of the packages that torch installs.
 RUN packages=$(python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/nvidia \
     && export CPATH="$packages/cudnn/include:$packages/nccl/include" \
     && export LIBRARY_PATH="$packages/cudnn/lib:$packages/nccl/lib" \

@@ -42,7 +42,7 @@ test-te: setup
 	@tools/setup_te.sh
 	.venv-te/bin/python -m pytest tests/te
 
-# A whole RL step beside TRL's, in an environment of its own (.venv-peer); at most 8 minutes on two quiet cores.
+# Compares a whole RL step with TRL's, in an environment of its own (.venv-peer); at most 8 minutes on two quiet cores.
 bench-peer: setup
 	@tools/setup_peer.sh
 	.venv/bin/python tools/bench_peer.py

@@ -52,7 +52,7 @@ def status(experiment: Experiment) -> None:
 
 @app.command("logs")
 def show_logs(
-    experiment: Experiment, lines: Annotated[int, typer.Option(min=1, help="Of each file, the last so many.")] = 20
+    experiment: Experiment, lines: Annotated[int, typer.Option(min=1, help="Number of last lines of each file.")] = 20
 ) -> None:
     """What every component of an experiment wrote."""
     from recipes import logs

@@ -22,7 +22,7 @@ class Servers:
 
 @dataclass(frozen=True)
 class Scale:
-    """A stage on so many machines."""
+    """A stage on a given number of machines."""
 
     nodes: Nodes
     layout: Mapping[str, int | bool]
@@ -50,7 +50,7 @@ Stage = Callable[[int], Placed]
 
 
 def pick(name: str, scales: Mapping[int, Scale], nodes: int) -> Scale:
-    """Return the scale for so many nodes; UserError where the recipe has none."""
+    """Return the scale for this number of nodes; UserError where the recipe has none."""
     if nodes not in scales:
         known = ", ".join(map(str, sorted(scales)))
         raise UserError(

@@ -28,7 +28,7 @@ def changed(tree: dict, **changes: Any) -> dict:
 def as_config(tree: dict, origin: str) -> run.Config[dict]:
     """`tree` with every default filled in, for NeMo-Run; every key of it can be set.
 
-    Raises UserError, naming `origin`, where the tree is no config of a run.
+    Raises UserError, naming `origin`, where the tree is not the config of a run.
     """
     return _wrapped(check_config(tree, origin).model_dump(mode="json"))
 

@@ -30,7 +30,7 @@ PROBLEMS, HELD_OUT, SAMPLES = 2048, 128, 4
 
 
 def write_problems(path: Path, count: int = PROBLEMS, seed: str = "bench async") -> None:
-    """So many problems, for a seed always the same."""
+    """Return `count` problems, always the same for a seed."""
     rng = Random(seed)
     rows = []
     for i in range(count):

@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sequences", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--shrink", type=int, help="divide every width by this (on a CPU: 16)")
-    parser.add_argument("--gpu", default="h100", help="whose figures are predicted where there is no GPU")
+    parser.add_argument("--gpu", default="h100", help="the GPU to predict for where there is none")
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args(arguments)
     try:

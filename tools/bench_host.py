@@ -1,4 +1,4 @@
-"""What the host does in a step beside the model: processor seconds and memory of each station, and how they grow.
+"""Measures the host's work in a step besides the model: processor seconds and memory of each station, and their growth.
 
 Every station and size is measured in a process of its own, with one thread. A module in tools/benchmarks/host
 that has a STATION is a row. `in the kernel` is how many of the nanoseconds a token the kernel takes, mostly for memory
@@ -27,9 +27,9 @@ STEP_SIZE = "2048x2000"
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stations", nargs="+", help="only these, by their names")
+    parser.add_argument("--stations", nargs="+", help="measure only these, by their names")
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="traces x mean tokens")
-    parser.add_argument("--model", type=Path, default=Workload.model, help="has the tokenizer for judging")
+    parser.add_argument("--model", type=Path, default=Workload.model, help="directory with the tokenizer for judging")
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args(arguments)
     known = stations()

@@ -183,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "recipes" / "miniature" / "judge")
     parser.add_argument("--problems", type=int, default=3)
-    parser.add_argument("--traces", type=int, default=16, help="of each problem")
+    parser.add_argument("--traces", type=int, default=16, help="traces of each problem")
     parser.add_argument("--segments", type=int, default=8, help="prefixes of each trace")
     parser.add_argument("--problem-words", type=int, default=100)
     parser.add_argument("--reference-words", type=int, default=500)

@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=6000)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--model", default="build/smollm2-135m-instruct", help="has a tokenizer and weights")
+    parser.add_argument("--model", default="build/smollm2-135m-instruct", help="directory with a tokenizer and weights")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     # As a trainer process does when it has imported its libraries.

@@ -44,7 +44,7 @@ class Figures:
 
 
 class Learner:
-    """A policy that takes the same step again and again, and the clock beside it."""
+    """A policy that repeats the same step, and its clock."""
 
     def __init__(self, args: argparse.Namespace, packing: bool, sequences: list[TrainSample]):
         budget = {"max_tokens": args.longest, "micro_batch_tokens": args.micro_batch_tokens}

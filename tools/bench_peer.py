@@ -122,7 +122,7 @@ def theirs(task: Task, directory: Path, steps: int) -> Contestant:
 
 def compare(task: Task, directory: Path, rounds: int) -> dict[str, list[StepCost]]:
     """`rounds` steps of each, in turns, after the first of each; what each took."""
-    # One step more than is waited for: what comes at the end of a run is no part of a step.
+    # One step more than is waited for: what comes at the end of a run is not part of a step.
     both = [build(task, directory, rounds + 2) for build in (theirs, ours)]
     with ExitStack() as running:
         for contestant in both:

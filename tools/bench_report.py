@@ -52,7 +52,7 @@ def main() -> None:
         "directory", type=Path, help="where the run and its pages are written; a run that is there is used"
     )
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--traces", type=int, default=256, help="of a step, a multiple of 16")
+    parser.add_argument("--traces", type=int, default=256, help="traces of a step, a multiple of 16")
     parser.add_argument("--terms", type=int, default=66, help="six tokens each: 66 make traces of 396 tokens")
     arguments = parser.parse_args()
     run = arguments.directory / "run"

@@ -1,4 +1,4 @@
-"""Weight syncs from trainer processes to real servers on this machine, beside their floor, in one run.
+"""Weight syncs from trainer processes to real servers on this machine, compared with their floor in one run.
 
 A random Qwen3 of the given size is synced from each layout to a server of each tensor parallelism; after every sync
 the servers' checksums are compared with the trainer's, which hashes its buckets while they are on their way
@@ -50,7 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="compare no checksums")
     parser.add_argument("--checksums", action="store_true", help="compare syncs with and without checksums")
-    parser.add_argument("--transports", nargs="+", default=["broadcast", "direct"], help="of --checksums")
+    parser.add_argument(
+        "--transports", nargs="+", default=["broadcast", "direct"], help="transports that --checksums compares"
+    )
     parser.add_argument("--plan", action="store_true", help="plan syncs by direct for models of full size")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)

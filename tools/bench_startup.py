@@ -55,8 +55,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, default=ROOT / "recipes/configs/demo.yaml")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--interval", type=float, default=1.0, help="Between two looks at the memory; 0: none.")
-    parser.add_argument("--whole", action="store_true", help="Let the run go on to its end.")
+    parser.add_argument(
+        "--interval", type=float, default=1.0, help="Seconds between two readings of the memory; 0: no readings."
+    )
+    parser.add_argument("--whole", action="store_true", help="Let the run continue to its end.")
     parser.add_argument("--json", type=Path, help="Write the figures to this file.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="exprl-startup-") as directory:

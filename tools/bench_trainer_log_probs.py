@@ -1,6 +1,6 @@
 """Bytes and seconds that `journal.trainer_log_probs` takes: `python tools/bench_trainer_log_probs.py`.
 
-Of one data-parallel rank: what its loss keeps while it learns, and what its thread writes beside the next step.
+Of one data-parallel rank: what its loss keeps while it learns, and what its thread writes during the next step.
 """
 
 import argparse

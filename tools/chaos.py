@@ -47,7 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("recipes/configs/chaos.yaml"))
     parser.add_argument("--faults", type=int, default=200)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="After which no further fault is thrown.")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="Minutes after which no further fault is injected."
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pause", type=float, default=5.0, help="Seconds between a step and the next fault, at most.")
     parser.add_argument("--longest", type=float, default=30.0, help="Seconds that a server misbehaves, at most.")

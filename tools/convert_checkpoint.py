@@ -27,7 +27,7 @@ Origin = Annotated[Path | None, typer.Option(help="config.json and tokenizer for
 def to_megatron(
     source: Annotated[Path, typer.Argument(help="A model directory in Hugging Face form.")],
     target: Target,
-    dtype: Annotated[Literal["keep", "bf16", "fp32"], typer.Option(help="Of the weights written.")] = "keep",
+    dtype: Annotated[Literal["keep", "bf16", "fp32"], typer.Option(help="Dtype of the written weights.")] = "keep",
     file_gb: Size = 5.0,
 ) -> None:
     """Write a directory that any layout loads (`policy.model`)."""
@@ -60,8 +60,8 @@ def to_hf(
 
 @app.command()
 def verify(
-    reference: Annotated[Path, typer.Argument(help="What the other was made of, in any form.")],
-    copy: Annotated[Path, typer.Argument(help="What is verified, in any form.")],
+    reference: Annotated[Path, typer.Argument(help="The model from which the other was made, in any form.")],
+    copy: Annotated[Path, typer.Argument(help="The model to verify, in any form.")],
     origin: Origin = None,
     logits: Annotated[
         Literal["auto", "yes", "no"], typer.Option(help="Run both models; auto: where memory allows.")

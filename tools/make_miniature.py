@@ -185,7 +185,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=4096, help="training problems")
     parser.add_argument("--hard", type=int, default=1024, help="training problems of the study, all of them longest")
     parser.add_argument("--heldout", type=int, default=128, help="held-out problems")
-    parser.add_argument("--only", choices=MODELS, action="append", help="train this model alone")
+    parser.add_argument("--only", choices=MODELS, action="append", help="train only this model")
     return parser.parse_args()
 
 

@@ -98,15 +98,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--canary", metavar="TEXT", help="a line to plant into every reference")
     parser.add_argument("--limit", type=_positive, metavar="N", help="take the first N problems")
     parser.add_argument("--split", help="read this split instead of the data set's own")
-    parser.add_argument("--from", type=Path, dest="copy", metavar="PATH", help="a copy on this machine, for the hub's")
+    parser.add_argument(
+        "--from", type=Path, dest="copy", metavar="PATH", help="read this copy on this machine instead of the hub"
+    )
     parser.add_argument(
         "--solutions", type=Path, metavar="FILE", help="the same for livecodebench-v6-gemini's solutions"
     )
     parser.add_argument("--seed", type=int, default=0, help="order of choices, variants (default: 0)")
     parser.add_argument(
-        "--variants", type=_positive, default=10, metavar="N", help="of each gsm-symbolic template (10)"
+        "--variants", type=_positive, default=10, metavar="N", help="variants of each gsm-symbolic template (10)"
     )
-    parser.add_argument("--max-tests", type=_positive, metavar="N", help="of each program, the public ones first (all)")
+    parser.add_argument(
+        "--max-tests", type=_positive, metavar="N", help="the most tests of each program, the public ones first (all)"
+    )
     return parser
 
 

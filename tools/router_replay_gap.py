@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--traces", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=256, help="Of each trace.")
+    parser.add_argument("--tokens", type=int, default=256, help="Tokens of each trace.")
     args = parser.parse_args()
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
     prompts = np.random.default_rng(0).integers(3, VOCABULARY, (args.traces, PROMPT_TOKENS)).astype(np.int32)

@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"), nargs="?", default="run")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; each wants about one core")
-    parser.add_argument("--arm", action="append", help="these arms alone (may be repeated)")
+    parser.add_argument("--arm", action="append", help="run only these arms (may be repeated)")
     arguments = parser.parse_args()
     study = yaml.safe_load(STUDY.read_text())
     runs = study_runs(study, study["directory"])

@@ -1,4 +1,4 @@
-"""The models of training and step time beside published figures: `python tools/validate_planner.py`."""
+"""Compares the models of training and step time with published figures: `python tools/validate_planner.py`."""
 
 import json
 from collections import defaultdict
@@ -80,7 +80,7 @@ def counted_flops(architecture: Architecture, sequence_length: int) -> float:
 
 
 def compare(row: dict, models: dict) -> Comparison:
-    """Return one published row beside the model's answer."""
+    """Compare one published row with the model's answer."""
     architecture = architecture_of(models[row["model"]])
     length = row["sequence_length"]
     time = training_time(
@@ -125,7 +125,7 @@ PROMPT_TOKENS = 100
 
 
 def compare_step(row: dict, models: dict) -> StepComparison:
-    """Return one of NeMo-RL's steps beside the model's answer: half of the GPUs sample where the step is one off."""
+    """Compare one of NeMo-RL's steps with the model's answer: half of the GPUs sample where the step is one off."""
     architecture, layout, gpu = architecture_of(models[row["model"]]), Layout(**row["layout"]), find_gpu(row["gpu"])
     off, fp8 = row["one_step_off"], row["precision"] != "bf16"
     servers = ServerHardware(
@@ -184,13 +184,13 @@ def _refit_seconds(architecture: Architecture, layout: Layout, gpu: Gpu, *, colo
 
 
 def step_comparisons(path: Path = PUBLISHED) -> list[StepComparison]:
-    """Return every published reinforcement-learning step beside the model's."""
+    """Compare every published reinforcement-learning step with the model's."""
     published = published_rows(path)
     return [compare_step(row, published["models"]) for row in published["reinforcement_learning"]]
 
 
 def comparisons(path: Path = PUBLISHED) -> list[Comparison]:
-    """Return every published training figure beside the model's."""
+    """Compare every published training figure with the model's."""
     published = published_rows(path)
     return [compare(row, published["models"]) for row in published["training"]]
 

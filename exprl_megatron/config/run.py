@@ -32,7 +32,7 @@ class EvaluationConfig(Config):
     """Which pass@k are reported; none may exceed `samples`."""
     sampling: SamplingConfig = SamplingConfig()
     confidence: float = Field(0.95, gt=0, lt=1)
-    """Coverage of the intervals beside each pass@k."""
+    """Coverage of the interval of each pass@k."""
 
     def is_due(self, step: int) -> bool:
         """Return whether the weights are evaluated after step `step` of a stage, which is not its last one."""

@@ -38,7 +38,7 @@ _GARBLED = 0.1
 _GARBLED_WITHIN_S = 900.0
 """It may have to be started first."""
 _FOUND_S = 60.0
-"""Within so long a rank that is stopped is found."""
+"""Seconds within which a stopped rank is found."""
 
 
 @dataclass(frozen=True)

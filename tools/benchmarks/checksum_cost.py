@@ -11,7 +11,7 @@ from exprl_megatron.processes.descendants import descendants, existing
 KINDS = ("none", "shards", "whole")
 """No checksums; those of shards and of the served model's parts of them; SGLang's own, of joined tensors."""
 _SELDOM = 3
-"""What takes several times as long is measured once in so many rounds."""
+"""What takes several times as long is measured once in this number of rounds."""
 
 
 def measure_checksums(

@@ -68,7 +68,7 @@ OF_BYTES: dict[str, Callable[[bytes], bytes]] = {
     "half a reply": lambda reply: reply[: len(reply) // 2],
     "nothing": lambda reply: b"",
     "HTML": lambda reply: b"<html><body>502 Bad Gateway</body></html>",
-    "bytes that are no UTF-8": lambda reply: reply.replace(b'"text":"', b'"text":"\xff\xfe', 1),
+    "bytes that are not UTF-8": lambda reply: reply.replace(b'"text":"', b'"text":"\xff\xfe', 1),
     "deep brackets": lambda reply: b"[" * 100_000,
     "two texts": lambda reply: reply[:-1] + b',"text":"Score: 5"}',
     "a reply without end": lambda reply: b'{"text":"' + b"a" * _TOO_LONG + b'"}',

@@ -38,7 +38,7 @@ class Task:
 
 
 def threads(processes: int) -> int:
-    """Of each of so many processes, on two cores."""
+    """Threads of each process by the number of processes, on two cores."""
     return 2 // processes
 
 

@@ -1,4 +1,4 @@
-"""Our training step beside the plain one: the same model, the same sequences, turn by turn in one process."""
+"""Compares our training step with a plain one: the same model and sequences, in turns in one process."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -47,7 +47,7 @@ async def let_in(url: str, routes: Mapping[str, dict | None]) -> list[str]:
     """Return all of `routes`, with no key and with wrong ones, side by side; those that were not refused as
     unauthorized.
 
-    Bytes that are no HTTP are sent as well, to which any answer will do, or none.
+    Bytes that are not HTTP are sent as well; any answer to them is accepted, or none.
     """
     timeout = aiohttp.ClientTimeout(total=_DEADLINE_S)
     async with aiohttp.ClientSession(timeout=timeout) as session:

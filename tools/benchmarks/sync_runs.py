@@ -1,4 +1,4 @@
-"""Weight syncs of a random model from trainer processes to running servers, each beside its floor."""
+"""Weight syncs of a random model from trainer processes to running servers, each with its floor."""
 
 import json
 import math

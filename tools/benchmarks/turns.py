@@ -137,7 +137,7 @@ class Contestant:
 def step_cost(
     spans: Sequence[Span], stops: Sequence[tuple[float, float]], start: float, end: float, cpu_s: float
 ) -> StepCost:
-    """Return what the step from `start` to `end` took beside the `stops`, which are given as (from, to)."""
+    """Return what the step from `start` to `end` took apart from the `stops`, which are given as (from, to)."""
 
     def awake(first: float, last: float) -> float:
         first, last = max(first, start), min(last, end)

@@ -90,7 +90,7 @@ def pickled_text(pickled: bytes) -> str:
             if isinstance(argument, str):
                 found.append(argument)
     except ValueError as error:
-        raise UserError(f"A row's private tests are no pickled string ({error}).") from error
+        raise UserError(f"A row's private tests are not a pickled string ({error}).") from error
     if len(found) != 1:
         raise UserError(f"A row's private tests hold {len(found)} strings, not one; they are not read.")
     return found[0]
