@@ -46,6 +46,8 @@ _SGLANG: dict[str, tuple] = {
     "num_loops": (None, 1),
 }
 """What SGLang reads and transformers ignores, and the values without effect."""
+_PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "decoder", "generator")
+"""Where both libraries look for the settings of a language model that is a part of another model."""
 _STATES = ("mamba_ssm_dtype", "float32")
 """In which dtype SGLang keeps the states of gated delta nets, and the one in which transformers does."""
 _SEPARATE_HEAD = {"MixtralForCausalLM", "Qwen3MoeForCausalLM", "Glm4MoeForCausalLM"}
@@ -61,6 +63,8 @@ def unlisted_setting(tree: dict) -> str | None:
     for setting, values in _SGLANG.items():
         if setting in tree and tree[setting] not in values:
             return f"{setting} {tree[setting]!r}, which SGLang reads and transformers ignores"
+    if name not in qwen3_5.VISION_MODELS and (part := next((part for part in _PARTS if tree.get(part)), None)):
+        return f"{part}, which is for models with other parts than the language model"
     states, dtype = _STATES
     if name in qwen3_5.NAMES and tree.get(states, dtype) != dtype:
         return f"{states} {tree[states]!r}, where transformers keeps states in {dtype}"

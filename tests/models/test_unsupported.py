@@ -92,6 +92,13 @@ def test_the_values_without_effect_of_what_sglang_reads_are_accepted(tmp_path, n
     assert read_architecture(tmp_path) == read_architecture(ARCHITECTURES / name)
 
 
+@pytest.mark.parametrize("part", ["text_config", "llm_config", "decoder"])
+def test_a_language_model_that_is_a_part_of_another_model_is_refused(tmp_path, part):
+    """SGLang would take heads and layers from there, transformers from the file itself."""
+    tree = PUBLISHED["llama-3.1-8b"]
+    assert f"/config.json has {part}, which is for models with other parts" in refusal(tmp_path, tree | {part: tree})
+
+
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b", "glm-4.5-air"])
 def test_tied_embeddings_are_refused_where_sglang_makes_an_output_layer_of_its_own(tmp_path, name):
     said = refusal(tmp_path, PUBLISHED[name] | {"tie_word_embeddings": True})
