@@ -30,6 +30,10 @@ class RequestRefused(ServerError):
         self.said = said
 
 
+class KeyRefused(ServerError):
+    """A server that refuses the key of the request, or a request without one (HTTP 401); waiting does not help."""
+
+
 class Preempted(Exception):
     """The run was asked to stop (SIGUSR1), and did so at a place that --resume continues from.
 

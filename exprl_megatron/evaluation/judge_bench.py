@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -29,8 +30,10 @@ from exprl_megatron.problems.problem import Problem
 from exprl_megatron.reporting.picture_file import check_picture
 from exprl_megatron.reporting.progress_bars import Bar, StepProgress
 from exprl_megatron.serving.http_client import HttpClient
-from exprl_megatron.serving.openai_endpoint import judge_endpoints
+from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint, judge_endpoints
+from exprl_megatron.serving.ready import wait_ready
 from exprl_megatron.serving.server_process import SERVED_DTYPES, server_specs, start_servers, stop_servers
+from exprl_megatron.utils.together import gather_or_cancel
 
 # The judge itself uses the next few seeds for repeated questions.
 _SEED_STEP = 1000
@@ -142,7 +145,9 @@ def _judge_of(config: RunConfig) -> tuple[JudgeConfig, Any]:
 def _servers(config: RunConfig) -> Iterator[Sequence[HttpClient]]:
     """Yield clients of the judge's endpoints, or of servers that run during the block."""
     if config.required_judge.endpoints:
-        yield judge_endpoints(config.required_judge)
+        endpoints = judge_endpoints(config.required_judge)
+        asyncio.run(_wait_for(endpoints, config.required_judge.server.start_deadline_s))
+        yield endpoints
         return
     logs = Path(tempfile.mkdtemp(prefix="exprl-judge-bench-"))
     dtype = SERVED_DTYPES[config.policy.precision.dtype]
@@ -162,6 +167,16 @@ def _servers(config: RunConfig) -> Iterator[Sequence[HttpClient]]:
         stop_servers(servers)
     # The logs are deleted only on success, since an error names its log file.
     shutil.rmtree(logs)
+
+
+async def _wait_for(endpoints: Sequence[OpenAIEndpoint], deadline_s: float) -> None:
+    """Wait until all endpoints answer; what one lacks is printed immediately."""
+
+    def report(sentence: str) -> None:
+        print(f"exprl: {sentence}", file=sys.stderr, flush=True)
+
+    async with _open(endpoints):
+        await gather_or_cancel(wait_ready(endpoint, deadline_s, report) for endpoint in endpoints)
 
 
 async def _arms(

@@ -13,7 +13,7 @@ from typing import Any, Self
 import aiohttp
 import msgspec
 
-from exprl_megatron.errors import RequestRefused, ServerError
+from exprl_megatron.errors import KeyRefused, RequestRefused, ServerError
 from exprl_megatron.processes.log_tail import log_tail
 
 CONNECT_S = 30.0
@@ -23,6 +23,7 @@ REPLY_LIMIT = 16 * 2**20
 _JSON = {"Content-Type": "application/json"}
 _UNCOMPRESSED = {"Accept-Encoding": "identity"}
 _REFUSALS = (400, 413, 422)
+_NO_KEY = 401
 _OPEN_FILES = 65_536
 _SHOWN = 300
 """Characters of a reply that an error message quotes."""
@@ -36,7 +37,7 @@ class HttpClient:
     """Client of one server; use as `async with client:` within one event loop at a time.
 
     Every call raises ServerError where the server is dead, exceeds the deadline, or refuses; RequestRefused, a
-    subclass, where the server rejects this request (HTTP 400, 413, 422).
+    subclass, where the server rejects this request (HTTP 400, 413, 422), and KeyRefused where it rejects the key (401).
     """
 
     def __init__(
@@ -118,6 +119,8 @@ class HttpClient:
             if 300 <= status < 400:
                 said = f"it redirects to another address; name that one. {said}".strip()
             refused = self._error(path, f"refused with HTTP {status}: {said}")
+            if status == _NO_KEY:
+                raise KeyRefused(str(refused))
             raise RequestRefused(str(refused), said) if status in _REFUSALS else refused
         return reply
 

@@ -62,6 +62,7 @@ class Rollouts:
         self.sampler = GradedSampler(config, self.problems, tokenizer, pool, shared_judge, logger)
         self._steps = RunStepSampler(self.problems, self.sampler, judging, tokenizer, self._routing, logger)
         self.loop_lag = LoopLag()
+        self._logger = logger
 
     async def open(self) -> None:
         """Open the connections and wait until every server is ready.
@@ -74,8 +75,13 @@ class Rollouts:
             await judge.__aenter__()
         await asyncio.gather(
             *([] if self._pool is None else [self._pool.open()]),
-            *(wait_ready(client, self._config.judge.server.start_deadline_s) for client in self._judges),
+            *(self._wait_for_judge(client) for client in self._judges),
         )
+
+    async def _wait_for_judge(self, client: SGLangClient | OpenAIEndpoint) -> None:
+        """Wait for a judge; what endpoints of others lack is reported immediately, as nothing else does."""
+        report = self._logger.log if isinstance(client, OpenAIEndpoint) else None
+        await wait_ready(client, self._config.judge.server.start_deadline_s, report)
 
     async def close(self) -> None:
         """Close the connections to the servers and the judge."""

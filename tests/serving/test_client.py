@@ -3,10 +3,12 @@
 import asyncio
 
 import pytest
+from aiohttp import web
 
-from exprl_megatron.errors import ServerError
+from exprl_megatron.errors import KeyRefused, ServerError
 from exprl_megatron.processes.log_tail import log_tail
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint
 from exprl_megatron.serving.ready import wait_ready
 from exprl_megatron.utils.ports import free_ports
 
@@ -50,8 +52,51 @@ def test_a_server_that_does_not_become_ready_is_named_with_its_deadline(tmp_path
         async with SGLangClient(f"http://127.0.0.1:{free_ports(1)[0]}", "ref-0", tmp_path / "ref-0.log") as client:
             await wait_ready(client, 0.1)
 
-    with pytest.raises(ServerError, match=r"ref-0 \(http://.* not answer /health within start_deadline_s \(0.1 s\)"):
+    expected = (
+        r"ref-0 \(http://.*\) was not ready within start_deadline_s \(0.1 s\).*asked /health: .*not reachable.*Log: "
+    )
+    with pytest.raises(ServerError, match=expected):
         asyncio.run(wait())
+
+
+def endpoint_at(answers):
+    """Wait for an endpoint whose list of models has these statuses in turn; returns what was reported."""
+    said = []
+
+    async def models(request):
+        return web.json_response({}, status=answers.pop(0) if len(answers) > 1 else answers[0])
+
+    async def wait():
+        app = web.Application()
+        app.router.add_get("/v1/models", models)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        try:
+            url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+            async with OpenAIEndpoint(url, "m", "judge-0", api_key="sk-secret") as endpoint:
+                await wait_ready(endpoint, 60, said.append)
+        finally:
+            await runner.cleanup()
+
+    asyncio.run(wait())
+    return said
+
+
+def test_an_endpoint_that_answers_is_not_reported():
+    assert endpoint_at([200]) == []
+
+
+def test_what_an_endpoint_lacks_is_reported_once_and_immediately():
+    (sentence,) = endpoint_at([503, 503, 200])
+    assert sentence.startswith("waiting at most 60 s: judge-0 (http://127.0.0.1:")
+    assert "asked /models: refused with HTTP 503" in sentence and "\n" not in sentence
+
+
+def test_an_endpoint_that_refuses_the_key_is_not_waited_for():
+    with pytest.raises(KeyRefused, match=r"judge-0 .*asked /models: refused with HTTP 401") as caught:
+        endpoint_at([401])
+    assert "sk-secret" not in str(caught.value)
 
 
 def test_a_log_that_cannot_be_read_does_not_hide_the_error(tmp_path):

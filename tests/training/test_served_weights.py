@@ -1,5 +1,6 @@
 """When a step's traces are there, servers are asked for their weights, before anything is learned."""
 
+import asyncio
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,10 +9,12 @@ import pytest
 from helpers.scripted_run import OneRank, scripted_run
 
 from exprl_megatron.config.load import load_config
-from exprl_megatron.errors import WeightsReplaced
+from exprl_megatron.errors import ServerError, WeightsReplaced
 from exprl_megatron.runs.journal import SampledStep
+from exprl_megatron.serving.openai_endpoint import judge_endpoints
 from exprl_megatron.serving.shared_judge import SharedJudgeClient
 from exprl_megatron.training.rollouts import Rollouts
+from exprl_megatron.utils.ports import free_ports
 
 
 def sampling_run(pool, events):
@@ -62,3 +65,23 @@ def test_texts_of_samples_are_compared_with_their_ids(place, compared):
     judges = [] if place == "own" else [SharedJudgeClient(pool, Path("judge"), 0, 1.0)]
     Rollouts(config, None, pool, judges, None, None)
     assert (pool.text_check is not None) == compared
+
+
+def test_what_a_judge_s_endpoint_lacks_is_in_the_run_s_log_while_the_run_waits_for_it():
+    url = f"http://127.0.0.1:{free_ports(1)[0]}/v1"
+    overrides = [f"judge.endpoints=[{url}]", "judge.server.start_deadline_s=0.1"]
+    config = load_config(Path("recipes/configs/demo.yaml"), overrides)
+    said: list[str] = []
+    judging = SimpleNamespace(close=lambda: None)
+    logger = SimpleNamespace(log=said.append)
+
+    async def opened():
+        rollouts = Rollouts(config, None, None, judge_endpoints(config.judge), judging, logger)
+        try:
+            await rollouts.open()
+        finally:
+            await rollouts.close()
+
+    with pytest.raises(ServerError, match=rf"judge-0 \({url}\) was not ready within start_deadline_s \(0\.1 s\)"):
+        asyncio.run(opened())
+    assert [line.partition(" asked")[0] for line in said] == [f"waiting at most 0.1 s: judge-0 ({url}),"]
