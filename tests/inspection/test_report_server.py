@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 
 import pytest
@@ -126,3 +127,13 @@ def test_a_window_of_an_earlier_model_gets_no_other_steps_traces_under_the_name_
         return known == today, await status(client, known), await status(client, today)
 
     assert asked(then, run) == (False, 404, 200)
+
+
+def test_lines_that_come_within_one_tick_of_the_clock_are_noticed(tmp_path):
+    run = write_run(tmp_path / "run")
+    reader, metrics = PageReader([run], references=False), run / "metrics.jsonl"
+    time, before = metrics.stat().st_mtime_ns, reader.stamp()
+    with open(metrics, "a") as file:
+        file.write(metrics.read_text().splitlines()[-1] + "\n")
+    os.utime(metrics, ns=(time, time))
+    assert reader.stamp() != before

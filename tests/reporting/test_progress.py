@@ -93,9 +93,10 @@ def test_a_step_s_line_has_at_most_a_hundred_columns_and_loses_the_least_importa
     assert line.endswith(" left")
 
 
-def test_lines_are_on_disk_with_the_time_of_day_and_count_from_the_start_of_the_command(tmp_path):
-    log = tmp_path / "run.log"
-    launcher = RunLog(time.time() - 61, show=lambda line: None)
+def test_lines_are_on_disk_with_the_time_of_day_and_count_from_the_start_of_the_command(tmp_path, monkeypatch):
+    log, now = tmp_path / "run.log", time.time()
+    monkeypatch.setattr("exprl_megatron.reporting.run_log.time.time", lambda: now)
+    launcher = RunLog(now - 61, show=lambda line: None)
     launcher.say("before there is a directory")
     launcher.keep(log)
     launcher.say("policy-0 is ready after 12.0 s")

@@ -27,6 +27,12 @@ class PageModel:
     """By key."""
 
 
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """Return what tells two states of a file apart: several writes may come within one tick of the kernel's clock."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
 class PageReader:
     """Reads runs, for one page or again and again for a page that is served.
 
@@ -45,8 +51,8 @@ class PageReader:
         for run in self._runs:
             directory = run.directory
             for path in (directory.metrics, directory.timeline, directory.record, directory.evaluations):
-                found.append(path.stat().st_mtime_ns if path.exists() else 0)
-            found += [path.stat().st_mtime_ns for path in sorted(directory.journal.glob("*"))]
+                found.append(_size_and_time(path) if path.exists() else (0, 0))
+            found += [_size_and_time(path) for path in sorted(directory.journal.glob("*"))]
         return tuple(found)
 
     def model(self, page_bytes: int) -> PageModel:
