@@ -1,49 +1,23 @@
 r"""Compares answers in forms that math-verify reads too loosely or not at all, before math-verify is called.
 
-`1 000`, `1e-5`, `**5**` and `5.` are converted to forms that it reads. Plain numbers are compared relatively (it rounds
-to six decimals, so that 1e-7 and 2e-7 are equal); clock times, numbers of different bases, ordered pairs and sets, and
-values with names are distinguished (it treats 12:30 and 6:15 as equal ratios, ignores bases, and sorts).
+Plain numbers are compared relatively (it rounds to six decimals, so that 1e-7 and 2e-7 are equal); clock times, numbers
+of different bases, ordered pairs and sets, and values with names are distinguished (it treats 12:30 and 6:15 as equal
+ratios, ignores bases, and sorts).
 """
 
 import re
-import unicodedata
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
+
+from exprl_megatron.rewards.answer_markup import MAX_EXPONENT, closing_bracket, normalize_answer, without_text
 
 Compare = Callable[[str, str], bool]
 
 RELATIVE_TOLERANCE = 2e-5
 """Largest relative difference of equal decimals; the largest absolute one is 5e-7, as in math-verify."""
 _ABSOLUTE_TOLERANCE = 5e-7
-_MAX_EXPONENT = 60
 
-_UNICODE = str.maketrans(
-    {
-        **{
-            "−": "-",
-            "–": "-",
-            "×": r"\times ",
-            "·": r"\cdot ",
-            "⋅": r"\cdot ",
-            "÷": "/",
-            "∞": r"\infty ",
-            "°": r"^\circ ",
-        },
-        **{"π": r"\pi ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "⁄": "/"},
-    }
-)
-_ROOT = re.compile(r"√\s*(\d+|\w|\([^()]*\))")
-_WRAPPER = re.compile(
-    r"\\(?:text|textbf|textit|mathbf|mathrm|mathit|mathsf|boldsymbol|bm|mbox|underline|boxed|fbox|displaystyle|bf|rm|emph)\s*"
-)
-_SPACING = r"\s|\\[,;:! ]|\\q?quad\b|[$`]|\*\*|__|~"
-_EDGES = re.compile(
-    rf"^(?:{_SPACING}|\\(?:displaystyle|textstyle|bf|rm|approx)\b|\\[(\[]|[:=](?!=))+"
-    rf"|(?:{_SPACING}|\\[)\]]|(?<!\.)\.|[,;:]|(?<![\w)\]}}])!|\\$)+$"
-)
-_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,;:! ]|~|\{,\}|[ '’\u00a0\u2009\u202f])\d{3})+(?!\d)")
-_E_NOTATION = re.compile(r"(?<![\w.\\^{])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d{1,4})(?![\w.])")
 _POWER_OF_TEN = re.compile(
     r"([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?"
 )
@@ -63,16 +37,8 @@ _BASED = re.compile(
     r"(?:_\s*(?:\{\s*)?\(?(?P<below>\d{1,2}|[a-z]{3,7})\)?(?:\s*\})?|\(?\s*(?:in\s+)?base\s*(?P<words>\d{1,2}|[a-z]{3,7})\s*\)?)"
 )
 _NAMED = re.compile(r"\s*(\\?[A-Za-z]+|\\?[A-Za-z]+_(?:\{?\w+\}?))\s*(?:=|\\approx)\s*(.+)", re.S)
-_SENTENCE = re.compile(
-    r"^\\text\s*\{[^{}]*\b(?:answer|result|solution)\b[^{}]*\}|^(?:the )?(?:final )?answer is\b:?", re.I
-)
-_WITH_UNIT = re.compile(
-    r"(?P<number>[+-]?\\?\$?[\d.,]+)\s+(?!(?:or|and|to|not|mod|pi|plus|minus|times|over|divided|squared|cubed|sqrt|sin|cos|tan"
-    r"|log|ln|exp|theta|alpha|beta|million|billion|thousand|hundred|dozen|percent)\b)[A-Za-z]{2,}(?:[ -][A-Za-z]+){0,3}"
-)
 _PAIR_OF = re.compile(r"\(\s*\\?[A-Za-z]\w*(?:\s*,\s*\\?[A-Za-z]\w*)+\s*\)\s*=\s*(?=\()")
 _ROOT_NAME = re.compile(r"\\?[xyzt](?:_\d+)?")
-_OR = re.compile(r"\(\s*or\b([^()]*)\)|,?\s*\bor\b|\\lor\b")
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s-]+[^\W\d_]+)*")
 
 
@@ -90,57 +56,6 @@ def same_answer(gold: str, answer: str, by_math_verify: Compare) -> bool:
     if _false_chain(gold, answer):
         return False
     return _same_list(gold, answer, by_math_verify)
-
-
-def normalize_answer(text: str) -> str:
-    """Remove markup and final punctuation, use ASCII signs, and write numbers as math-verify reads them."""
-    text = unicodedata.normalize("NFKC", text).translate(_UNICODE)
-    text = _ROOT.sub(lambda match: rf"\sqrt{{{match[1].strip('()')}}}", text)
-    before = None
-    while before != text:
-        before = text
-        text = _EDGES.sub("", text).strip()
-        text = _unwrapped(text)
-    text = _EDGES.sub("", _SENTENCE.sub("", text)).strip()
-    if unit := _WITH_UNIT.fullmatch(text):
-        text = unit["number"]
-    text = text.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
-    text = _GROUPED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
-    text = _E_NOTATION.sub(lambda match: _expanded(match[1], match[2]) or match[0], text)
-    return _OR.sub(lambda match: f", {match[1] or ''}", _without_text(text)) if "or" in text else text
-
-
-def _unwrapped(text: str) -> str:
-    """Remove a command or braces around the whole text."""
-    wrapper = _WRAPPER.match(text)
-    start = wrapper.end() if wrapper else 0
-    if text[start : start + 1] == "{" and _closing(text, start) == len(text) - 1:
-        return text[start + 1 : -1]
-    return text
-
-
-def _without_text(text: str) -> str:
-    """Move words out of `\\text{...}`, so that an `or` in them is recognized."""
-    return re.sub(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}", r" \1 ", text)
-
-
-def _closing(text: str, start: int) -> int:
-    """Return where the bracket at `start` is closed; -1 where it is not."""
-    depth = 0
-    for place in range(start, len(text)):
-        if text[place] in "([{":
-            depth += 1
-        elif text[place] in ")]}":
-            depth -= 1
-            if depth == 0:
-                return place
-    return -1
-
-
-def _expanded(mantissa: str, exponent: str) -> str | None:
-    if abs(int(exponent)) > _MAX_EXPONENT:
-        return None
-    return format(Decimal(mantissa).scaleb(int(exponent)), "f")
 
 
 def _same_clock(gold: str, answer: str) -> bool | None:
@@ -186,7 +101,7 @@ def _same_base(gold: str, answer: str) -> bool | None:
 
 def _based(text: str) -> tuple[str, int] | None:
     """Return digits and base of a numeral such as 204_5."""
-    match = _BASED.fullmatch(re.sub(r"\s+", " ", _without_text(text)).strip())
+    match = _BASED.fullmatch(re.sub(r"\s+", " ", without_text(text)).strip())
     if match is None:
         return None
     base = match["below"] or match["words"]
@@ -215,7 +130,7 @@ def _number(text: str) -> Fraction | None:
     try:
         if _PLAIN.fullmatch(text):
             return Fraction(Decimal(text.replace(",", "")))
-        if (match := _POWER_OF_TEN.fullmatch(text)) and abs(int(match[2])) <= _MAX_EXPONENT:
+        if (match := _POWER_OF_TEN.fullmatch(text)) and abs(int(match[2])) <= MAX_EXPONENT:
             return Fraction(Decimal(match[1]).scaleb(int(match[2])))
         if (match := _MIXED.fullmatch(text)) and int(match["above"]) < int(match["below"]):
             value = int(match["whole"]) + Fraction(int(match["above"]), int(match["below"]))
@@ -230,7 +145,7 @@ def _number(text: str) -> Fraction | None:
 
 def _same_words(gold: str, answer: str) -> bool | None:
     """Return whether words are equal without regard to case; undecided (None) where either is more than words."""
-    texts = [" ".join(_without_text(text).replace("~", " ").split()).strip(" .").casefold() for text in (gold, answer)]
+    texts = [" ".join(without_text(text).replace("~", " ").split()).strip(" .").casefold() for text in (gold, answer)]
     same = texts[0] == texts[1] and _WORDS.fullmatch(texts[0])
     return True if same else None
 
@@ -283,7 +198,7 @@ class _List:
         self.kind = {r"\{": "set", "(": "ordered", "[": "ordered"}.get(bracket, "bare")
         if self.kind != "bare":
             opened = len(bracket) - 1
-            if _closing(text, opened) == len(text) - 1:
+            if closing_bracket(text, opened) == len(text) - 1:
                 text = inner[: -len(bracket)]
             else:
                 self.kind = "bare"
@@ -309,7 +224,7 @@ class _List:
 
 def _split(text: str) -> list[str]:
     """Split at commas, semicolons and `and` outside of brackets."""
-    text = re.sub(r",?\s*\band\b\s*", ", ", _without_text(text)) if "and" in text else text
+    text = re.sub(r",?\s*\band\b\s*", ", ", without_text(text)) if "and" in text else text
     text = re.sub(r"\\q?quad\b|\\[,;:! ]", " ", text)
     parts, start, depth = [], 0, 0
     for place, character in enumerate(text):

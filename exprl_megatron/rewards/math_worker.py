@@ -14,7 +14,8 @@ import sys
 from fractions import Fraction
 from typing import Any
 
-from exprl_megatron.rewards.math_forms import normalize_answer, same_answer, same_value
+from exprl_megatron.rewards.answer_markup import normalize_answer
+from exprl_megatron.rewards.math_forms import same_answer, same_value
 from exprl_megatron.rewards.prime_answer import same_as_prime
 
 MEMORY_BYTES = 4 * 2**30

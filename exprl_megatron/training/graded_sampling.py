@@ -93,8 +93,7 @@ class GradedSampler:
         prompted, guard = self._problems.prompted[plan.problems], self._problems.guards[plan.problems]
         by_id = {prompted.problems[i].id: prompted.problems[i] for i in plan.indices}
         prompts = _prompts(plan, prompted, Counter() if occurrences is None else occurrences)
-        check = guard.check_request if plan.custom_prompts is None else guard.check_custom_prompt
-        await asyncio.to_thread(self._check_prompts, check, prompts)
+        await self._check_prompts(plan, prompts)
         graded: dict[Trace, GradedTrace] = {}
         grade_after_sampling = judged and self._shared_judge is not None
         with self._logger.rollouts(*plan.purpose, len(prompts) * plan.group_size) as bar:
@@ -132,9 +131,16 @@ class GradedSampler:
                 await gather_or_cancel(grade_one(trace) for traces in found for trace in traces)
         return [group_of(traces) for traces in found]
 
-    def _check_prompts(self, check: Callable[[str, str], None], prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts:
-            check(prompt.problem_id, self._tokenizer.decode(prompt.token_ids.tolist()))
+    async def _check_prompts(self, plan: SamplePlan, prompts: Sequence[Prompt]) -> None:
+        """Compare the prompts with references, outside of the event loop."""
+        guard = self._problems.guards[plan.problems]
+        check = guard.check_request if plan.custom_prompts is None else guard.check_custom_prompt
+
+        def check_all() -> None:
+            for prompt in prompts:
+                check(prompt.problem_id, self._tokenizer.decode(prompt.token_ids.tolist()))
+
+        await asyncio.to_thread(check_all)
 
 
 def _prompts(plan: SamplePlan, prompted: PromptedProblems, occurrences: Counter[int]) -> list[Prompt]:
