@@ -14,6 +14,9 @@ from exprl_megatron.policy.delta_net_kernels import kernel_violations
 from exprl_megatron.policy.gradient_fusion import fusion_violations
 from exprl_megatron.utils.accelerator import cuda_capability, uses_cuda
 
+_OTHER_MODEL = ("--json-model-override-args", "--model-path", "--model", "--model-impl")
+"""Arguments of SGLang that choose the model, its settings or its class; a later one takes the place of ours."""
+
 
 def model_violations(config: RunConfig) -> list[str]:
     """Return one sentence for each setting that the model does not allow: layout, precision, lengths."""
@@ -28,6 +31,7 @@ def model_violations(config: RunConfig) -> list[str]:
         *kernel_violations(architecture, uses_cuda()),
         *_length_violations(config, architecture),
         *_fused_rotation_violations(config, architecture),
+        *_other_model_violations(config),
         *served_violations(config, architecture, uses_cuda()),
         *replay_violations(config, architecture),
     ]
@@ -59,6 +63,17 @@ def _fused_rotation_violations(config: RunConfig, architecture: Architecture) ->
             f"server.extra_args has {name}, whose kernel computes the scaled positions of {config.policy.model} "
             f"differently from the trainer; remove it."
         )
+
+
+def _other_model_violations(config: RunConfig) -> Iterator[str]:
+    """Yield the arguments with which sampling servers would have other settings or weights than the trainer."""
+    given = [argument.partition("=")[0] for argument in config.server.extra_args]
+    for name in _OTHER_MODEL:
+        if name in given:
+            yield (
+                f"server.extra_args has {name}, with which servers compute another model than the trainer; remove it, "
+                f"and change {config.policy.model}/config.json or policy.model instead."
+            )
 
 
 def _precision_violations(config: RunConfig, architecture: Architecture) -> list[str]:

@@ -115,6 +115,27 @@ def test_sglangs_fused_rotation_is_refused_for_experts_with_stretched_positions(
 
 
 @pytest.mark.parametrize(
+    "argument",
+    [
+        ("--json-model-override-args", '{"rope_theta": 5.0}'),
+        ('--json-model-override-args={"rope_theta": 5.0}',),
+        ("--model-path", "other"),
+        ("--model", "other"),
+        ("--model-impl=transformers",),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3.5"])
+def test_arguments_with_which_servers_compute_another_model_are_refused(tmp_path, tiny_model, family, argument):
+    config = run(tmp_path, tiny_model(family), "sparse-rl")
+    server = config.server.model_copy(update={"extra_args": ("--log-level", "info", *argument)})
+    (found,) = model_violations(config.model_copy(update={"server": server}))
+    assert found.startswith(
+        f"server.extra_args has {argument[0].partition('=')[0]}, with which servers compute another"
+    )
+
+
+@pytest.mark.parametrize(
     ("family", "tp", "refused"),
     [
         ("olmo3", 4, True),
