@@ -89,9 +89,9 @@ def require_success(experiment: run.Experiment) -> None:
     """Raise RunStopped where a job of an experiment that has ended did not succeed; NeMo-Run says nothing then."""
     found = outcomes(experiment)
     if set(found.values()) != {"SUCCEEDED"}:
-        told = ", ".join(f"{name}: {state}" for name, state in found.items())
+        ends = ", ".join(f"{name}: {state}" for name, state in found.items())
         raise RunStopped(
-            f"The experiment {experiment._id} did not succeed ({told}); "
+            f"The experiment {experiment._id} did not succeed ({ends}); "
             f"see `python -m recipes logs {experiment._id}`, and go on with resume=True."
         )
 

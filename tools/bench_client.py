@@ -81,8 +81,8 @@ def main() -> None:
                 file = Path(directory) / "prompts.json"
                 file.write_text(json.dumps(flight_load.prompts(MODEL)))
                 command = [sys.executable, __file__, "--only-in-flight", server.url, str(server.key_file), str(file)]
-                told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                flight = json.loads(told.splitlines()[-1])
+                printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                flight = json.loads(printed.splitlines()[-1])
                 found |= {f"in_flight/{name}": value for name, value in flight.items()}
                 print(
                     f"{flight['requests']} requests at once: the client grew by {flight['grown_mb']:.0f} MB to "

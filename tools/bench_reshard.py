@@ -75,8 +75,8 @@ def conduct(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in ("transport", "bucket_mb", "repeats", "verify")}
     print(f"{args.transport}, buckets of {args.bucket_mb:g} MiB, median of {args.repeats}\n{HEAD}", flush=True)
     records = []
-    for told, room in layouts_and_servers(args):
-        records.append(run_layout(told | {"settings": settings}, room))
+    for task, workplace in layouts_and_servers(args):
+        records.append(run_layout(task | {"settings": settings}, workplace))
         print(line(records[-1]), flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps(records, indent=1))
@@ -87,14 +87,14 @@ def compare_checksums(args: argparse.Namespace) -> None:
     print("| transport | trainer | server | without | with | ratio | SGLang's own | CPU without | with | ratio |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     records = []
-    for told, room in layouts_and_servers(args):
+    for task, workplace in layouts_and_servers(args):
         for transport in args.transports:
             settings = {"transport": transport, "bucket_mb": args.bucket_mb, "repeats": args.repeats}
-            found = run_layout(told | {"settings": settings, "checksums": True}, room)
-            records.append(told | settings | {"seconds": found})
+            found = run_layout(task | {"settings": settings, "checksums": True}, workplace)
+            records.append(task | settings | {"seconds": found})
             none, shards, whole = (found[kind] for kind in ("none", "shards", "whole"))
             print(
-                f"| {transport} | {told['layout']} | TP{told['server_tp']} | {none['wall_s']:.2f} | "
+                f"| {transport} | {task['layout']} | TP{task['server_tp']} | {none['wall_s']:.2f} | "
                 f"{shards['wall_s']:.2f} | {shards['wall_s'] / none['wall_s']:.2f} | "
                 f"{whole['wall_s'] / none['wall_s']:.2f} | {none['cpu_s']:.2f} | {shards['cpu_s']:.2f} | "
                 f"{shards['cpu_s'] / none['cpu_s']:.2f} |",
@@ -111,14 +111,14 @@ def layouts_and_servers(args: argparse.Namespace) -> Iterator[tuple[dict, Path]]
     from benchmarks.sync_runs import write_model
 
     with tempfile.TemporaryDirectory() as temporary:
-        room = Path(temporary)
-        model = write_model(room / "model", args.gb * 1e9)
+        workplace = Path(temporary)
+        model = write_model(workplace / "model", args.gb * 1e9)
         for tp in args.server_tp:
             config = ServerConfig(tp=tp, max_total_tokens=1024, extra_args=("--skip-tokenizer-init",))
-            with start_servers([ServerSpec(f"tp{tp}", model, config, room, dtype="bfloat16")])[0] as server:
+            with start_servers([ServerSpec(f"tp{tp}", model, config, workplace, dtype="bfloat16")])[0] as server:
                 held = {"name": server.name, "url": server.url, "key_file": str(server.key_file), "pid": server.pid}
                 for layout in args.layouts:
-                    yield {"layout": layout, "model": str(model), "servers": [held], "server_tp": tp}, room
+                    yield {"layout": layout, "model": str(model), "servers": [held], "server_tp": tp}, workplace
 
 
 def plan(file: Path | None) -> None:
@@ -142,24 +142,24 @@ def plan(file: Path | None) -> None:
         file.write_text(json.dumps(records, indent=1))
 
 
-def run_layout(told: dict, room: Path) -> dict:
+def run_layout(task: dict, workplace: Path) -> dict:
     """Return one layout's processes and the floor's receivers; what rank 0 measured."""
     floor_port, port = free_ports(2)
-    count = told["server_tp"] * len(told["servers"])
-    result = room / "measured.json"
-    (room / "told.json").write_text(json.dumps(told | {"floor_port": floor_port, "result": str(result)}))
+    count = task["server_tp"] * len(task["servers"])
+    result = workplace / "measured.json"
+    (workplace / "task.json").write_text(json.dumps(task | {"floor_port": floor_port, "result": str(result)}))
     command, environment = [sys.executable, __file__], os.environ | {"OMP_NUM_THREADS": "1"}
     receivers = [
         subprocess.Popen([*command, "--receiver", str(floor_port), str(rank), str(count)], env=environment)
         for rank in range(1, count + 1)
-        if not told.get("checksums")
+        if not task.get("checksums")
     ]
-    size = parsed(told["layout"]).world_size
+    size = parsed(task["layout"]).world_size
     ranks = []
     for rank in range(size):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        own = [*command, "--rank", str(room / "told.json")]
+        own = [*command, "--rank", str(workplace / "task.json")]
         ranks.append(subprocess.Popen(own, env=environment | place | meeting, stdout=sys.stderr))
     failed = [process.args for process in (*ranks, *receivers) if process.wait() != 0]
     if failed:
@@ -167,21 +167,21 @@ def run_layout(told: dict, room: Path) -> dict:
     return json.loads(result.read_text())
 
 
-def run_rank(told: dict) -> None:
+def run_rank(task: dict) -> None:
     """One trainer process."""
     import torch
     from benchmarks.checksum_cost import measure_checksums
     from benchmarks.sync_runs import measure, to_dict
 
     torch.set_num_threads(1)
-    sync = parsed(told["layout"]), Path(told["model"]), told["servers"], told["server_tp"]
-    if told.get("checksums"):
-        record = measure_checksums(*sync, told["settings"])
+    sync = parsed(task["layout"]), Path(task["model"]), task["servers"], task["server_tp"]
+    if task.get("checksums"):
+        record = measure_checksums(*sync, task["settings"])
     else:
-        measured = measure(*sync, told["floor_port"], told["settings"])
+        measured = measure(*sync, task["floor_port"], task["settings"])
         record = measured and to_dict(measured)
     if record is not None:
-        Path(told["result"]).write_text(json.dumps(record))
+        Path(task["result"]).write_text(json.dumps(record))
 
 
 def parsed(layout: str) -> Layout:

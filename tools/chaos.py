@@ -61,11 +61,11 @@ def main() -> None:
     with FaultedRun(config, arguments.seed, arguments.longest) as run:
         weights = {kind: weight for kind, weight in WEIGHTS.items() if kind in run.kinds}
         run.until(lambda: run.learned() >= 1, arguments.deadline)
-        begun = time.monotonic()
+        began = time.monotonic()
         while (
             len(outcomes) < arguments.faults
             and run.learned() < config.stages[0].steps
-            and time.monotonic() - begun < 60 * arguments.minutes
+            and time.monotonic() - began < 60 * arguments.minutes
         ):
             run.pause(arguments.pause)
             kind = run.choose(weights)

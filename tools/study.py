@@ -73,8 +73,8 @@ def execute(run: StudyRun) -> bool:
     run.directory.parent.mkdir(parents=True, exist_ok=True)
     file = run.directory.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
-    begun = (run.directory / "config.yaml").is_file()
-    command = [sys.executable, "-m", "exprl_megatron.cli", "train", str(file), *(["--resume"] if begun else [])]
+    has_started = (run.directory / "config.yaml").is_file()
+    command = [sys.executable, "-m", "exprl_megatron.cli", "train", str(file), *(["--resume"] if has_started else [])]
     started = time.monotonic()
     with run.directory.with_suffix(".log").open("a") as log:
         status = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -103,9 +103,9 @@ def _become(request: ForkRequest, descriptors: list[int], parent: int) -> NoRetu
     supervisor = os.getpid()
 
     def start(environment: dict[str, str]) -> ForkedChild:
-        waiting, begun = os.pipe()
+        waiting, started = os.pipe()
         if pid := os.fork():
-            os.close(begun)
+            os.close(started)
             # It can be ended, with its group, as soon as this returns.
             os.read(waiting, 1)
             os.close(waiting)
@@ -113,7 +113,7 @@ def _become(request: ForkRequest, descriptors: list[int], parent: int) -> NoRetu
         os.setsid()
         die_with_parent(supervisor)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        for descriptor in (waiting, begun):
+        for descriptor in (waiting, started):
             os.close(descriptor)
         os.environ.update(environment)
         _run(request)

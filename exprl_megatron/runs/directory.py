@@ -57,8 +57,8 @@ class RunDirectory:
             UserError: the directory holds another run, where `resume` finds none, or one that learns something else
                 (see config/resuming.py) or from other contents, or where a live process has it.
         """
-        known, begun = self.config.is_file(), self._holds_work()
-        if begun and not resume:
+        known, has_started = self.config.is_file(), self._holds_work()
+        if has_started and not resume:
             raise UserError(
                 f"The directory {self.root} already holds a run; "
                 "continue with it by --resume, or choose another directory."
@@ -69,13 +69,13 @@ class RunDirectory:
             raise UserError(f"The directory {self.root} holds other files; choose a new or empty directory.")
         if not known and resume:
             raise UserError(f"There is no run in {self.root} to resume; start it without --resume.")
-        config = self._resolved(config, begun)
+        config = self._resolved(config, has_started)
         if config.permissions == "private":
             keep_private(self.root)
         self.root.mkdir(parents=True, exist_ok=True)
         claim = Claim(self.root)
         try:
-            if begun:
+            if has_started:
                 self._refuse_changes(config, contents)
             elif known:
                 shutil.rmtree(self.logs, ignore_errors=True)
@@ -100,9 +100,9 @@ class RunDirectory:
             if key.startswith(PLUGINS) and recorded[key] != contents[key]
         ]
 
-    def _resolved(self, config: RunConfig, begun: bool) -> RunConfig:
+    def _resolved(self, config: RunConfig, has_started: bool) -> RunConfig:
         """Return `config` with all that is decided where a run starts; one that is resumed continues as it was."""
-        if begun and config.policy.router_replay is None:
+        if has_started and config.policy.router_replay is None:
             config = _with_replay(config, self._started_config().policy.router_replay)
         return with_router_replay(config.with_precision())
 

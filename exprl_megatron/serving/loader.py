@@ -146,14 +146,14 @@ class _Member:
         """Report the slices that this rank of the model needs, and join the group."""
         self._model = model
         self._device = next(model.parameters()).device
-        told = json.loads(self._records.get("tensors"))
-        self._dtype = getattr(torch, told["dtype"])
+        expected_tensors = json.loads(self._records.get("tensors"))
+        self._dtype = getattr(torch, expected_tensors["dtype"])
         try:
-            others = {name: getattr(torch, dtype) for name, dtype in told["dtypes"].items()}
-            self._places = trace(model, told["shapes"], self._dtype, others)
+            others = {name: getattr(torch, dtype) for name, dtype in expected_tensors["dtypes"].items()}
+            self._places = trace(model, expected_tensors["shapes"], self._dtype, others)
         except Exception as error:  # whatever stops the trace, a broadcast calls the same loader without it
             raise ValueError(f"{error}; {NOT_FOLLOWED}") from error
-        self._needs = needs_table([place.need for place in self._places], list(told["shapes"]))
+        self._needs = needs_table([place.need for place in self._places], list(expected_tensors["shapes"]))
         self._records.set(f"needs/{self._rank}", pack_needs(self._needs))
         with self._while_wanted():
             # NCCL blocks the thread that connects a group until all members have come: that is not this thread.

@@ -113,7 +113,9 @@ def _bar(*shown):
     yield SimpleNamespace(sampled=lambda: None, graded=lambda: None)
 
 
-def rollouts(of_stage, events, *, judging=None, servers=None, lent=False, prompts=None, by_groups=False, custom=None):
+def rollouts(
+    of_stage, events, *, judging=None, servers=None, shared_judge=False, prompts=None, by_groups=False, custom=None
+):
     """Rollouts of PROBLEMS, each of which has the prompt (number,); `prompts` are their texts with the template.
 
     `custom` has the hooks of stages of the user's own by name.
@@ -127,7 +129,7 @@ def rollouts(of_stage, events, *, judging=None, servers=None, lent=False, prompt
     made.problems = RunProblems(config, tokenizer, logger)
     made.problems.prompted = {of_stage.problems: PromptedProblems(PROBLEMS, tuple((i,) for i in range(6)), 0)}
     made.problems.guards = {of_stage.problems: LeakGuard(LeakGuardConfig(canary=CANARY), PROBLEMS)}
-    made.sampler = GradedSampler(config, made.problems, tokenizer, pool, pool if lent else None, logger)
+    made.sampler = GradedSampler(config, made.problems, tokenizer, pool, pool if shared_judge else None, logger)
     made._steps = RunStepSampler(made.problems, made.sampler, made._judging, tokenizer, None, logger)
     return made
 

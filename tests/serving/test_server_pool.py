@@ -322,8 +322,8 @@ def test_a_server_that_has_others_than_the_shared_weights_does_not_judge(registr
     async def run():
         async with opened(registry, "policy-0", "policy-1") as (pool, _, two):
             two.version = JUDGE_VERSION
-            lent = SharedJudgeClient(pool, Path("judge"), 0, 5.0)
-            assert (await lent.generate([1], temperature=0.0, max_new_tokens=1, seed=0)).text == "policy-1"
+            shared = SharedJudgeClient(pool, Path("judge"), 0, 5.0)
+            assert (await shared.generate([1], temperature=0.0, max_new_tokens=1, seed=0)).text == "policy-1"
             assert [await who(pool, home) for home in range(2)] == ["policy-1"] * 2
 
     asyncio.run(run())

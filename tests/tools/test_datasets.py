@@ -259,7 +259,7 @@ def test_a_pickled_string_is_read_whatever_wrote_it(protocol):
         (packed(Harmful(), protocol=0), "hold GLOBAL and not just a string"),
         (packed(["[]"]), "hold EMPTY_LIST and not just a string"),
         (packed(b"[]"), "hold SHORT_BINBYTES and not just a string"),
-        (base64.b64encode(zlib.compress(b"\x80\x04\x8c\x02[]")).decode(), "are no pickled string"),
+        (base64.b64encode(zlib.compress(b"\x80\x04\x8c\x02[]")).decode(), "are not a pickled string"),
         (base64.b64encode(b"[]").decode(), "neither JSON nor packed as expected"),
         ("{", "neither JSON nor packed as expected"),
     ],

@@ -49,9 +49,9 @@ def test_each_way_to_judge_has_its_clients(tmp_path):
     own = clients(tmp_path)
     assert [type(client) for client in own] == [RegisteredClient] * 2
     assert [client.name for client in own] == ["judge-0", "judge-1"]
-    lent = clients(tmp_path, placement="policy", gate=None)
-    assert [type(client) for client in lent] == [SharedJudgeClient] * 3, "one for each of the policy's servers"
-    assert [client.name for client in lent] == ["policy-0", "policy-1", "policy-2"]
+    shared = clients(tmp_path, placement="policy", gate=None)
+    assert [type(client) for client in shared] == [SharedJudgeClient] * 3, "one for each of the policy's servers"
+    assert [client.name for client in shared] == ["policy-0", "policy-1", "policy-2"]
     (routed,) = clients(tmp_path, server={"count": 2, "router": True})
     assert isinstance(routed, RoutedClient)
     urls = ["http://one/v1", "http://two/v1"]

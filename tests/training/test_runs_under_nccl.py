@@ -27,10 +27,10 @@ def ran(request, trained_server, tiny_model, tmp_path, monkeypatch):
     whole = run_config(tmp_path / "run", model, judge, problems, **changes)
     policy = whole.policy.model_copy(update={"layout": whole.policy.layout.model_copy(update={"tp": 1} | layout)})
     prime, sparse = (stage.model_copy(update={"steps": 1}) for stage in whole.stages)
-    lent = whole.judge.model_copy(update={"placement": "policy"})
+    shared = whole.judge.model_copy(update={"placement": "policy"})
     finish(
         start_ranks(
-            whole.model_copy(update={"policy": policy, "stages": (prime, sparse), "judge": lent}),
+            whole.model_copy(update={"policy": policy, "stages": (prime, sparse), "judge": shared}),
             {"policy": trained_server},
         )
     )

@@ -121,7 +121,7 @@ def test_a_trace_of_weights_that_are_not_allowed_is_refused(versions):
 
 def test_the_policys_servers_judge_after_all_sampling_once_they_have_the_judges_weights():
     of_stage, events = stage("exprl-outcome", problems_per_step=2, group_size=2), []
-    made = rollouts(of_stage, events, lent=True)
+    made = rollouts(of_stage, events, shared_judge=True)
     sampled = asyncio.run(made.collect(of_stage, 1, 0, ["v0"]))
     counted = Counter(event.split()[0] for event in events)
     assert (counted["ask"], counted["grade"]) == (4, 4)

@@ -57,10 +57,10 @@ def _announce(group: dist.ProcessGroup, sizes: Sequence[int] | None) -> list[int
     """Return the sender's `sizes`, known to all."""
     count = torch.tensor([0 if sizes is None else len(sizes)])
     dist.broadcast(count, group=group, group_src=0)
-    told = torch.tensor(sizes) if sizes else torch.zeros(int(count), dtype=torch.int64)
+    known_sizes = torch.tensor(sizes) if sizes else torch.zeros(int(count), dtype=torch.int64)
     if int(count):
-        dist.broadcast(told, group=group, group_src=0)
-    return told.tolist()
+        dist.broadcast(known_sizes, group=group, group_src=0)
+    return known_sizes.tolist()
 
 
 def _wait(group: dist.ProcessGroup) -> None:

@@ -172,9 +172,9 @@ class FaultedRun:
         self._over = False
         self.kinds[kind]()
         self.until(lambda: self._over, deadline_s)
-        begun, step = time.monotonic(), self.learned()
+        began, step = time.monotonic(), self.learned()
         self.until(lambda: self.learned() > step, deadline_s)
-        return Outcome(kind, step, self._stops[stops:], starts != self.registry.starts, time.monotonic() - begun)
+        return Outcome(kind, step, self._stops[stops:], starts != self.registry.starts, time.monotonic() - began)
 
     def end(self) -> None:
         """End the ranks after the steps that are learned."""

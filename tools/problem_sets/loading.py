@@ -47,8 +47,8 @@ def _told_in_one_sentence(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, pyarrow.ArrowException) as error:
-        told = " ".join(str(error).split()).rstrip(".")
+        cause = " ".join(str(error).split()).rstrip(".")
         raise UserError(
-            f"The data set {name} cannot be read ({told}); correct the name, the split, the connection or the "
+            f"The data set {name} cannot be read ({cause}); correct the name, the split, the connection or the "
             "permission to read it, or give a copy of it with --from."
         ) from error
