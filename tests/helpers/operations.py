@@ -1,7 +1,8 @@
 """Counts what Python executes, so that a test can say how a cost grows without a clock.
 
 Only the calling thread is counted, and the garbage collector is off meanwhile: it runs at any allocation,
-and with it the callbacks that libraries registered in `gc.callbacks` (Hypothesis has one).
+and with it the callbacks that libraries registered in `gc.callbacks` (Hypothesis has one). What is to be counted is
+called once before, since a first call may import, compile and fill caches, and whether it does depends on other tests.
 """
 
 import gc
@@ -32,6 +33,7 @@ def python_calls(call: Callable[[], object]) -> int:
         nonlocal counted
         counted += event == "call"
 
+    call()
     with _garbage_collector_off():
         sys.setprofile(count)
         try:
@@ -49,6 +51,7 @@ def instructions(call: Callable[[], object]) -> int:
         nonlocal executed
         executed += threading.get_ident() == thread
 
+    call()
     sys.monitoring.use_tool_id(_TOOL, "instructions")
     with _garbage_collector_off():
         try:

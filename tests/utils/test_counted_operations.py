@@ -1,5 +1,6 @@
 """Counts of operations belong to the code that is counted, whatever else the process does meanwhile."""
 
+import functools
 import gc
 import threading
 
@@ -44,3 +45,9 @@ def test_other_threads_are_not_counted(counted):
     finally:
         stop.set()
         other.join()
+
+
+@pytest.mark.parametrize("counted", [instructions, python_calls])
+def test_what_only_the_first_call_does_is_not_counted(counted):
+    known = functools.cache(work)
+    assert counted(known) == counted(known)
