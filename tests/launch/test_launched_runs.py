@@ -45,7 +45,7 @@ def test_a_server_that_died_once_too_often_ends_the_run_with_its_name_and_log(co
     servers = [p for p, words in commands.items() if words[2:3] == ["exprl_megatron.serving.keyed_server"]]
     judge_or_policy = {commands[p][commands[p].index("--model-path") + 1]: p for p in servers}
     judge_or_policy[config.policy.model].kill()
-    _, found = run.communicate(timeout=120)
+    _, found = run.communicate(timeout=300)
     assert run.returncode == 1
     assert "exprl: policy-0 (http://127.0.0.1:" in found
     assert "policy-0.log; its last lines:" in found

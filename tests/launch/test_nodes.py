@@ -167,14 +167,14 @@ def test_two_nodes_stop_when_slurm_asks_them_to_and_continue_to_the_end(two_node
         process.send_signal(signal.SIGUSR1)
     _, found = first.communicate(timeout=300)
     assert first.returncode == os.EX_TEMPFAIL, found
-    _, found = second.communicate(timeout=60)
+    _, found = second.communicate(timeout=300)
     assert second.returncode == 0, found
     assert not (directory.models / "sparse").exists()
 
     _, first, second = two_nodes(STEPS, "--resume")
     _, found = first.communicate(timeout=900)
     assert first.returncode == 0, found
-    _, found = second.communicate(timeout=60)
+    _, found = second.communicate(timeout=300)
     assert second.returncode == 0, found
     assert directory.metrics.read_text().count("\n") == STEPS
     assert (directory.models / "sparse" / "model.safetensors").is_file()
@@ -194,6 +194,6 @@ def test_where_a_rank_of_another_node_is_killed_node_0_says_so_and_both_end(two_
     _, found = first.communicate(timeout=300)
     assert first.returncode == 1
     assert found.startswith("exprl: trainer-1 was killed by signal 9 (SIGKILL)"), found
-    second.communicate(timeout=60)
+    second.communicate(timeout=300)
     assert second.returncode == 0
     assert not left_behind([*started, supervisor])

@@ -353,7 +353,7 @@ def product_objects(m: Member) -> list:
     dist.destroy_process_group()
     dist.init_process_group("nccl_like", store=m.store("again"), rank=m.rank, world_size=m.size)
     dist.all_reduce(torch.zeros(1))
-    coordinator = RankCoordinator(20.0)
+    coordinator = RankCoordinator(DEADLINE_S)
     everywhere = coordinator.broadcast_from_rank0(lambda: {"only": "rank 0"})
     coordinator.signal("go") if m.first else coordinator.wait_signal()
     collected = coordinator.collect(m.rank)

@@ -104,7 +104,7 @@ def test_slurm_s_signal_ahead_of_a_time_limit_ends_neither_the_supervisor_nor_it
     server = int(supervisor.stdout.readline())
     for pid in (supervisor.pid, server):
         os.kill(pid, signal.SIGUSR1)
-    assert supervisor.communicate("\n", timeout=60)[0] == "done\n" and supervisor.returncode == 0
+    assert supervisor.communicate("\n", timeout=300)[0] == "done\n" and supervisor.returncode == 0
 
 
 def test_children_that_a_command_leaves_behind_are_killed_with_its_group():

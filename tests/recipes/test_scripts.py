@@ -39,7 +39,7 @@ def play(script: str, work: Path, **environment: str) -> subprocess.CompletedPro
     # NeMo-Run mounts the job's directory there, or writes its real path in the script.
     script = script.replace("/nemo_run", str(work.parent / "job"))
     inherited = os.environ | {"SLURM_NODEID": "0", "CALLS": str(work.parent / "calls")} | environment
-    return subprocess.run(["bash", "-c", script], env=inherited, capture_output=True, text=True, timeout=60)
+    return subprocess.run(["bash", "-c", script], env=inherited, capture_output=True, text=True, timeout=300)
 
 
 def calls(work: Path) -> str:
@@ -154,7 +154,7 @@ def batch(tmp_path):
 
     def run(trainer: str, restarts: int = 0) -> tuple[int, str]:
         process = start(trainer, restarts)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         return process.returncode, (tmp_path / "asked").read_text()
 
     return start, run
@@ -175,12 +175,12 @@ def test_slurm_s_signal_reaches_the_trainer_and_its_nodes_are_found_by_slurm(bat
     told = tmp_path / "told"
     trainer = f"bash -c 'trap \"exit 75\" USR1; echo $MASTER_ADDR $MASTER_PORT >{told}; while :; do sleep 0.1; done'"
     process = start(trainer)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (told.is_file() and told.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 75
     assert told.read_text() == f"n3 {32000 + 4711 % 768}\n"
     assert "requeue 4711" in (tmp_path / "asked").read_text()

@@ -221,7 +221,7 @@ def test_a_verdict_can_neither_be_found_nor_forged():
 def test_not_contained_the_same_programs_do_harm(sandbox, world, name):
     command = [sys.executable, str(PROGRAMS / f"{name}.py")]
     run = subprocess.run(
-        command, input=json.dumps(world.told()), capture_output=True, text=True, check=False, timeout=60
+        command, input=json.dumps(world.told()), capture_output=True, text=True, check=False, timeout=300
     )
     assert world.changes() or SECRET in run.stdout
 

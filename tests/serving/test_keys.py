@@ -100,7 +100,7 @@ def status(url: str, body: dict | None, **headers: str) -> int:
     request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json", **headers})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=30) as reply:
+        with opener.open(request, timeout=120) as reply:
             return reply.status
     except urllib.error.HTTPError as error:
         return error.code

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from helpers.processes import left_behind
 from helpers.tiny_models import write_tiny_model, write_tiny_vision_model
 
 from exprl_megatron import planning
@@ -359,7 +360,7 @@ def test_stopping_ends_a_server_that_does_not_answer(tiny_model, tmp_path):
     (child,) = _eventually_one_child(server.pid)
     os.killpg(child.pid, signal.SIGSTOP)
     stop_servers([server])
-    assert not server.alive() and not psutil.pid_exists(child.pid)
+    assert not server.alive() and not left_behind([child])
 
 
 def _eventually_one_child(pid):

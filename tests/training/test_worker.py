@@ -65,7 +65,7 @@ def ended(tmp_path_factory):
         (root / case / "servers.json").write_text("[]")
     cases = json.dumps([(str(root / case), *how) for case, how in CASES.items()])
     command = [sys.executable, "-c", RANKS, cases]
-    done = subprocess.run(command, env={"RANK": "0"}, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, env={"RANK": "0"}, capture_output=True, text=True, timeout=300, check=True)
     statuses = dict(zip(CASES, json.loads(done.stdout), strict=True))
 
     def of(case):
@@ -122,7 +122,7 @@ def test_a_rank_that_lacks_a_module_of_the_user_ends_with_its_sentence_and_waits
         str(paths.registry),
     ]
     environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     report = json.loads((paths.logs / "trainer-1.end").read_text())
     assert ended.returncode == report["status"] == 2
     assert report["message"].startswith("stages.0.loss.surrogate: The plugin only_on_rank_0:loss cannot be imported: ")
