@@ -15,6 +15,7 @@ from exprl_megatron.planning.hardware import Gpu, find_gpu
 from exprl_megatron.planning.plan import Plan, plan
 from exprl_megatron.planning.workload import Workload, workload_of
 from exprl_megatron.reporting.fitted_table import print_table
+from exprl_megatron.runs.directory import RunDirectory, read_config
 
 MEASURED = {
     "sample and judge": ("sample", "judge"),
@@ -50,8 +51,6 @@ class ComparedFigure:
 
 def print_comparison(run: Path, gpu_name: str | None, as_json: bool) -> None:
     """Print the rows of every stage; without `gpu_name` a run in fp32 is one of this machine's CPU, else of H100."""
-    from exprl_megatron.runs.directory import RunDirectory, read_config
-
     directory = RunDirectory(run)
     config = read_config(directory)
     require_finished_step(directory)
@@ -79,7 +78,7 @@ def print_comparison(run: Path, gpu_name: str | None, as_json: bool) -> None:
     console.print(how, markup=False, highlight=False, soft_wrap=True)
 
 
-def require_finished_step(directory) -> None:
+def require_finished_step(directory: RunDirectory) -> None:
     """Check that there is something to compare with, before this machine's CPU is measured, which takes seconds.
 
     Raises:
@@ -92,7 +91,7 @@ def require_finished_step(directory) -> None:
         raise UserError(f"The run in {directory.root} has finished no step; wait for one.")
 
 
-def compare_run(config: RunConfig, directory, gpu: Gpu) -> list[ComparedFigure]:
+def compare_run(config: RunConfig, directory: RunDirectory, gpu: Gpu) -> list[ComparedFigure]:
     """Compare every stage that has run at least one step."""
     from exprl_megatron.reporting.metrics import read_metrics
 
@@ -106,7 +105,7 @@ def compare_run(config: RunConfig, directory, gpu: Gpu) -> list[ComparedFigure]:
     return found
 
 
-def observed_workload(config: RunConfig, stage: Stage, steps: list[dict], directory) -> Workload:
+def observed_workload(config: RunConfig, stage: Stage, steps: list[dict], directory: RunDirectory) -> Workload:
     """Return the stage's step with the lengths that the run had: responses from its metrics, prompts from its
     journal.
     """
@@ -119,7 +118,7 @@ def observed_workload(config: RunConfig, stage: Stage, steps: list[dict], direct
     return replace(guessed, prompt_tokens=fmean(prompts)) if prompts else guessed
 
 
-def _prompt_lengths(directory, stage: str) -> list[int]:
+def _prompt_lengths(directory: RunDirectory, stage: str) -> list[int]:
     """Return the prompt lengths of the last step in the rollout log."""
     from exprl_megatron.runs.journal import Journal
 

@@ -217,6 +217,20 @@ def test_a_run_killed_in_its_first_step_has_a_page(exprl, tmp_path):
     assert (shown["curves"]["steps"], shown["places"], shown["time"]["steps"]) == ([], [], [])
 
 
+def test_a_page_that_is_read_again_predicts_what_has_been_measured_meanwhile(tmp_path):
+    run = write_killed_run(tmp_path / "run")
+    reader = PageReader([run], references=True)
+
+    def missing() -> str:
+        return reader.model(page_bytes=10**6).tree["runs"][0]["predicted"]["missing"]
+
+    assert "has finished no step" in missing()
+    write_unscored_run(tmp_path / "other")
+    (tmp_path / "other" / "metrics.jsonl").rename(run / "metrics.jsonl")
+    # The planner does not know the judge's model.
+    assert "j is neither a directory" in missing()
+
+
 def test_metrics_that_are_not_finite_are_missing_in_the_page(page, tmp_path):
     (shown,) = page(write_unscored_run(tmp_path / "run")).model["runs"]
     assert shown["curves"]["metrics"] == {"loss": [None], "kl/old": [None], "reward/mean": [0.0], "seconds/step": [1.0]}

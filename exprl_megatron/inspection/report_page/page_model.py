@@ -43,7 +43,6 @@ class PageReader:
         self._references = references
         names = run_names(roots)
         self._runs = [RunPages(root, name, references) for root, name in zip(roots, names, strict=True)]
-        self._predicted: list[dict[str, Any]] | None = None
 
     def stamp(self) -> tuple:
         """Return a value that differs where a run has written something new."""
@@ -59,8 +58,8 @@ class PageReader:
         """Return the page of what the runs have left so far, of about `page_bytes` as far as they are for traces."""
         runs = [run.figures() for run in self._runs]
         _thin_out(runs)
-        for run, predicted in zip(runs, self._predictions(), strict=True):
-            run["predicted"] = predicted
+        for pages, run in zip(self._runs, runs, strict=True):
+            run["predicted"] = pages.predictions()
         tree = {
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
             "references": self._references,
@@ -79,12 +78,6 @@ class PageReader:
                     blocks[block.key] = block
                 room.spend(block)
         return PageModel(tree, blocks)
-
-    def _predictions(self) -> list[dict[str, Any]]:
-        """Return the predictions, computed once: they measure this machine where a run is one of a CPU."""
-        if self._predicted is None:
-            self._predicted = [run.predictions() for run in self._runs]
-        return self._predicted
 
 
 def _thin_out(runs: Sequence[dict[str, Any]]) -> None:
