@@ -30,6 +30,7 @@ from exprl_megatron.inspection.report_page.run_pages import RunPages, StepKey
 from exprl_megatron.inspection.report_page.trace_records import TraceRecords
 from exprl_megatron.inspection.rollout_steps import logged_groups
 from exprl_megatron.inspection.trace_text import PolicyTokenizer
+from exprl_megatron.planning.hardware import find_gpu
 from exprl_megatron.runs.directory import RunDirectory, read_config
 
 HOSTILE = "</script><script>hacked=1</script><img src=x onerror=hacked=2><!-- {{7*7}} &amp; \u202e \x1b[2J '\"`"
@@ -217,18 +218,18 @@ def test_a_run_killed_in_its_first_step_has_a_page(exprl, tmp_path):
     assert (shown["curves"]["steps"], shown["places"], shown["time"]["steps"]) == ([], [], [])
 
 
-def test_a_page_that_is_read_again_predicts_what_has_been_measured_meanwhile(tmp_path):
+def test_a_page_that_is_read_again_compares_with_what_was_measured_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.setattr("exprl_megatron.inspection.machine.measured_cpu", lambda processes: find_gpu("h100"))
     run = write_killed_run(tmp_path / "run")
     reader = PageReader([run], references=True)
 
-    def missing() -> str:
-        return reader.model(page_bytes=10**6).tree["runs"][0]["predicted"]["missing"]
+    def predicted() -> dict:
+        return reader.model(page_bytes=10**6).tree["runs"][0]["predicted"]
 
-    assert "has finished no step" in missing()
+    assert "has finished no step" in predicted()["missing"]
     write_unscored_run(tmp_path / "other")
     (tmp_path / "other" / "metrics.jsonl").rename(run / "metrics.jsonl")
-    # The planner does not know the judge's model.
-    assert "j is neither a directory" in missing()
+    assert predicted()["rows"][-1]["measured_s"] == 1.0
 
 
 def test_metrics_that_are_not_finite_are_missing_in_the_page(page, tmp_path):
