@@ -81,7 +81,7 @@ def _opened(browser: Browser, page: Path) -> str:
         session = tab.context.new_cdp_session(tab)
         session.send("Performance.enable", {"timeDomain": "threadTicks"})
         started = time.monotonic()
-        tab.goto(page.absolute().as_uri())
+        tab.goto(page.absolute().as_uri(), wait_until="commit")
         tab.wait_for_selector(".plot .main-svg")
         walls.append(time.monotonic() - started)
         metrics = {each["name"]: each["value"] for each in session.send("Performance.getMetrics")["metrics"]}

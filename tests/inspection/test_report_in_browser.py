@@ -186,8 +186,9 @@ def test_runs_without_a_step_or_without_a_score_are_shown_as_what_they_are(chrom
     tab.page.fill("#metric-filter", "l")
     assert tab.page.locator("text='no finite value'").count() == 2
     tab.open("traces")
-    tab.page.select_option("label:has-text('Run') select", "0")
     assert "killed has no traces: its rollout log is empty." in tab.page.locator("main").inner_text()
+    tab.page.select_option("label:has-text('Run') select", "1")
+    assert "2 traces in 1 group." in tab.texts("main > .note")
     tab.open("judge")
     tab.page.locator("text='no score'").nth(1).wait_for()
     tab.open("time")

@@ -35,6 +35,9 @@ async function openBlock(key) {
   return openedBlocks.get(key);
 }
 
+// Blocks are behind this program in the file.
+const wholePage = new Promise((done) => document.addEventListener("DOMContentLoaded", done));
+
 async function readBlock(key) {
   let stream;
   if (LIVE) {
@@ -42,6 +45,7 @@ async function readBlock(key) {
     if (!answer.ok) throw new Error(`the server has no block ${key} any more`);
     stream = answer.body;
   } else {
+    await wholePage;
     const text = document.getElementById(`block-${key}`).textContent;
     const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
     stream = new Blob([bytes]).stream();
@@ -52,7 +56,7 @@ async function readBlock(key) {
 function traceTab() {
   const run = MODEL.runs[state.run] || MODEL.runs[0];
   const places = run.places;
-  if (!places.length) return note(`${run.name} has no traces: its rollout log is empty.`);
+  if (!places.length) return [el("div", { class: "controls" }, runSelect()), note(`${run.name} has no traces: its rollout log is empty.`)];
   if (state.place === null || state.place >= places.length) state.place = firstPlace(places);
   const place = places[state.place];
   const list = el("div", { class: "list" }, note("opening …"));
@@ -77,8 +81,12 @@ function go(changes, focused) {
   refresh(focused);
 }
 
-function traceControls(run, places) {
+function runSelect() {
   const runs = MODEL.runs.map((each, index) => [index, each.name]);
+  return runs.length > 1 ? select("Run", runs, state.run, (value) => go({ run: Number(value), place: null, trace: null })) : null;
+}
+
+function traceControls(run, places) {
   const steps = places.map((place, index) => [index, placeName(place)]);
   const move = (by) => () => go({ place: Math.min(places.length - 1, Math.max(0, state.place + by)), trace: null });
   const search = el("input", {
@@ -86,7 +94,7 @@ function traceControls(run, places) {
     oninput: (event) => go({ search: event.target.value, trace: null }, "problem-search"),
   });
   return el("div", { class: "controls" },
-    MODEL.runs.length > 1 ? select("Run", runs, state.run, (value) => go({ run: Number(value), place: null, trace: null })) : null,
+    runSelect(),
     el("div", { class: "stepper" },
       el("button", { type: "button", onclick: move(-1), "aria-label": "step before", title: "step before: [" }, "‹"),
       select("Step", steps, state.place, (value) => go({ place: Number(value), trace: null })),
