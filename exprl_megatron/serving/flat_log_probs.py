@@ -3,7 +3,7 @@
 SGLang itself writes a list [log-prob, id, null] for each token, in about 34 bytes, of which 20 are decimal digits of a
 float32, and the id again in `output_ids`. As arrays both take 11 bytes and no parsing, and `output_ids` is empty. They
 are requested by fields that SGLang has for top log-probs. Without the plugin these fields change nothing where no top
-log-probs are requested, and the reply is SGLang's own.
+log-probs are requested, and the reply is SGLang's own; SGLang's router does not forward them.
 """
 
 import numpy as np
