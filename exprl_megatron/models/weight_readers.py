@@ -135,7 +135,7 @@ class Safetensors:
 def check_no_other_weights(directory: Path, names: Collection[str]) -> None:
     """Check that no safetensors file beside `model.safetensors` has one of the tensors `names` too.
 
-    SGLang reads all files of a directory that has no index, and keeps the tensor of the last file.
+    SGLang reads all files of a directory that has no index, and keeps the tensor that it reads last.
 
     Raises:
         UserError: there is such a file.
@@ -146,8 +146,8 @@ def check_no_other_weights(directory: Path, names: Collection[str]) -> None:
         with open_safetensors(path) as file:
             if found := sorted(set(names) & set(file.keys())):
                 raise UserError(
-                    f"{directory} has the tensor {found[0]} in {SINGLE} and in {path.name}, of which servers read the "
-                    f"latter; move it out of the directory."
+                    f"{directory} has the tensor {found[0]} in {SINGLE} and in {path.name}, and servers read both; "
+                    f"move {path.name} out of the directory."
                 )
 
 
