@@ -103,11 +103,11 @@ def _cut(grid: torch.Tensor, row: int, rows: int, column: int, columns: int) -> 
 
 def differences(directory: Path, described: Path, tp: int) -> list[str]:
     """Return what differs on any rank, by name. All numbers that are not in FP8 are such that bf16 has them."""
-    stored = {
-        name: tensor if name + SCALE in stored or name.endswith(SCALE) else tensor.bfloat16().float()
-        for stored in [load_file(directory / "model.safetensors")]
-        for name, tensor in stored.items()
-    }
+    stored: dict[str, torch.Tensor] = {}
+    for path in directory.glob("*.safetensors"):
+        stored |= load_file(path)
+    scaled = {name for name in stored if name + SCALE in stored or name.endswith(SCALE)}
+    stored = {name: tensor if name in scaled else tensor.bfloat16().float() for name, tensor in stored.items()}
     whole = {
         name: dequantize(tensor, stored[name + SCALE]) if name + SCALE in stored else tensor
         for name, tensor in stored.items()

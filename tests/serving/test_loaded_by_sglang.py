@@ -19,7 +19,7 @@ from exprl_megatron.serving.server_command import server_environment
 
 pytestmark = pytest.mark.slow
 SIX_HEADS = {"heads": 6, "kv_heads": 3, "hidden": 96, "vocab_size": 131}
-WIDE = {"hidden": 512, "heads": 4, "kv_heads": 2, "vocab_size": 128, "layers": 2}
+WIDE = {"hidden": 512, "heads": 4, "kv_heads": 2, "vocab_size": 128}
 MODELS = {
     # Family, settings, ranks.
     **{f"{family} on 2": (family, {"vocab_size": 131}, 2) for family in CONFIGS},
@@ -37,10 +37,11 @@ MODELS = {
     "olmo3 on 4": ("olmo3", {}, 4),
 }
 FP8 = {
-    "qwen3 in FP8 on 2": ("qwen3", WIDE, 2),
-    "glm4-moe in FP8 on 1": ("glm4-moe", WIDE | {"moe_intermediate_size": 128}, 1),
+    **{f"{family} in FP8 on 2": (family, WIDE, 2) for family in ("qwen3", "olmo3", "mixtral")},
+    "seed-oss in FP8 on 2": ("seed-oss", WIDE | {"head_dim": 128}, 2),
+    "qwen3-moe in FP8 on 2": ("qwen3-moe", WIDE | {"moe_intermediate_size": 256}, 2),
+    "glm4-moe in FP8 on 1": ("glm4-moe", WIDE | {"moe_intermediate_size": 128, "mtp": True}, 1),
     "glm4-moe in FP8 on 2": ("glm4-moe", WIDE | {"moe_intermediate_size": 256}, 2),
-    "olmo3 in FP8 on 2": ("olmo3", WIDE, 2),
     # Refused by served_policy.py.
     "glm4-moe in FP8 on too many": ("glm4-moe", WIDE | {"moe_intermediate_size": 128}, 2),
 }
