@@ -150,7 +150,8 @@ def qwen3_server(tiny_model, tmp_path_factory, nccl_records):
     from helpers.under_nccl import knows_backend
 
     from exprl_megatron.config.serving import ServerConfig
-    from exprl_megatron.serving.server_process import ServerSpec, start_servers
+    from exprl_megatron.serving.server_process import start_servers
+    from exprl_megatron.serving.server_spec import ServerSpec
 
     config = ServerConfig(request_deadline_s=120)
     spec = ServerSpec("policy-0", tiny_model("qwen3"), config, tmp_path_factory.mktemp("logs"))

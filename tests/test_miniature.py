@@ -45,7 +45,8 @@ def servers(tmp_path_factory):
     """The base policy and the judge, served side by side."""
     from helpers.forking import starter
 
-    from exprl_megatron.serving.server_process import server_specs, start_servers, stop_servers
+    from exprl_megatron.serving.server_process import start_servers, stop_servers
+    from exprl_megatron.serving.server_spec import server_specs
 
     logs = tmp_path_factory.mktemp("logs")
     specs = [s for name in ("policy", "judge") for s in server_specs(name, MINIATURE / name, ServerConfig(), logs)]

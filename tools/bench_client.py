@@ -25,7 +25,8 @@ from benchmarks.client_load import (
 )
 
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.serving.server_process import ServerSpec, start_servers
+from exprl_megatron.serving.server_process import start_servers
+from exprl_megatron.serving.server_spec import ServerSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "recipes" / "miniature" / "policy"

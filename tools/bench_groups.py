@@ -20,7 +20,8 @@ from statistics import median
 from exprl_megatron.config.serving import SamplingConfig, ServerConfig
 from exprl_megatron.rollout.sampler import Prompt, sample_groups
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.server_process import ServerSpec, start_servers
+from exprl_megatron.serving.server_process import start_servers
+from exprl_megatron.serving.server_spec import ServerSpec
 from exprl_megatron.serving.static_pool import StaticPool
 
 MODEL = Path(__file__).resolve().parent.parent / "recipes" / "miniature" / "policy"

@@ -31,7 +31,8 @@ from exprl_megatron.judging.prompt import prompt_set_hash
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.generation import Generation
-from exprl_megatron.serving.server_process import ServerSpec, start_servers
+from exprl_megatron.serving.server_process import start_servers
+from exprl_megatron.serving.server_spec import ServerSpec
 from exprl_megatron.utils.accelerator import uses_cuda
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -30,7 +30,8 @@ from benchmarks.broadcast_floor import receive
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.serving.server_process import ServerSpec, start_servers
+from exprl_megatron.serving.server_process import start_servers
+from exprl_megatron.serving.server_spec import ServerSpec
 from exprl_megatron.utils.ports import free_ports
 
 HEAD = (

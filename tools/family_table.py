@@ -31,7 +31,8 @@ from exprl_megatron.conversion.to_megatron import convert_to_megatron  # noqa: E
 from exprl_megatron.conversion.weights import open_weights  # noqa: E402
 from exprl_megatron.policy.policy import Policy  # noqa: E402
 from exprl_megatron.policy.world import enter_world, leave_world  # noqa: E402
-from exprl_megatron.serving.server_process import ServerSpec, start_servers  # noqa: E402
+from exprl_megatron.serving.server_process import start_servers  # noqa: E402
+from exprl_megatron.serving.server_spec import ServerSpec  # noqa: E402
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 0.5}

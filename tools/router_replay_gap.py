@@ -26,7 +26,8 @@ from exprl_megatron.policy.router_replay import layer_routers
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.generation import Generation
-from exprl_megatron.serving.server_process import SERVED_DTYPES, ServerSpec, start_servers
+from exprl_megatron.serving.server_process import start_servers
+from exprl_megatron.serving.server_spec import SERVED_DTYPES, ServerSpec
 
 VOCABULARY, PROMPT_TOKENS = 96, 16
 COLUMNS = ("precision", "experts of", "mean gap", "99th percentile", "largest gap", "other sets of experts")

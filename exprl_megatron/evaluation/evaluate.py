@@ -21,13 +21,8 @@ from exprl_megatron.rollout.sampler import sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.server_command import irreproducible_sampling
-from exprl_megatron.serving.server_process import (
-    ServerSpec,
-    check_servers,
-    server_specs,
-    start_servers,
-    stop_servers,
-)
+from exprl_megatron.serving.server_process import start_servers, stop_servers
+from exprl_megatron.serving.server_spec import ServerSpec, check_servers, server_specs
 from exprl_megatron.serving.static_pool import StaticPool
 from exprl_megatron.utils.accelerator import uses_cuda
 from exprl_megatron.utils.together import gather_or_cancel

@@ -32,7 +32,8 @@ from exprl_megatron.reporting.progress_bars import Bar, StepProgress
 from exprl_megatron.serving.http_client import HttpClient
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint, judge_endpoints
 from exprl_megatron.serving.ready import wait_ready
-from exprl_megatron.serving.server_process import SERVED_DTYPES, server_specs, start_servers, stop_servers
+from exprl_megatron.serving.server_process import start_servers, stop_servers
+from exprl_megatron.serving.server_spec import SERVED_DTYPES, server_specs
 from exprl_megatron.utils.together import gather_or_cancel
 
 # The judge itself uses the next few seeds for repeated questions.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.serving.router_spec import RouterSpec
-from exprl_megatron.serving.server_process import ServerSpec, side_by_side
+from exprl_megatron.serving.server_spec import ServerSpec, side_by_side
 
 
 def assign_gpus(specs: Sequence[ServerSpec], config: RunConfig, gpus: int) -> list[ServerSpec]:

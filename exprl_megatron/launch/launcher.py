@@ -30,12 +30,7 @@ from exprl_megatron.serving.keys import ensure_key, renew_key
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER, RouterSpec
 from exprl_megatron.serving.server_command import irreproducible_sampling
-from exprl_megatron.serving.server_process import (
-    SERVED_DTYPES,
-    ServerSpec,
-    check_servers,
-    server_specs,
-)
+from exprl_megatron.serving.server_spec import SERVED_DTYPES, ServerSpec, check_servers, server_specs
 from exprl_megatron.serving.server_supervisor import ServerSupervisor
 from exprl_megatron.utils.accelerator import gpu_count, uses_cuda
 from exprl_megatron.utils.files import Claim

@@ -13,7 +13,7 @@ from exprl_megatron.launch.preemption import ignore_sigusr1
 from exprl_megatron.reporting.run_log import RunLog
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.registry import Kind, Registry
-from exprl_megatron.serving.server_process import ServerSpec, side_by_side
+from exprl_megatron.serving.server_spec import ServerSpec, side_by_side
 from exprl_megatron.serving.server_supervisor import ServerSupervisor
 from exprl_megatron.utils.files import keep_private
 from exprl_megatron.utils.ports import this_host

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 
-from exprl_megatron.serving.server_process import ServerSpec
+from exprl_megatron.serving.server_spec import ServerSpec
 from exprl_megatron.utils.ports import LOCAL, free_ports
 
 ROUTER = "router-0"

@@ -12,7 +12,8 @@ from dataclasses import replace
 from exprl_megatron.processes.starter import Starter
 from exprl_megatron.serving.keys import fingerprint, read_key
 from exprl_megatron.serving.registry import RegisteredServer, Registry
-from exprl_megatron.serving.server_process import Server, ServerSpec, launch_servers, stop_servers
+from exprl_megatron.serving.server_process import Server, launch_servers, stop_servers
+from exprl_megatron.serving.server_spec import ServerSpec
 from exprl_megatron.utils.cuda_environment import shared_text
 
 

@@ -13,7 +13,8 @@ from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.server_process import Server, ServerSpec
+from exprl_megatron.serving.server_process import Server
+from exprl_megatron.serving.server_spec import ServerSpec
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.disk import DiskTransport
 from exprl_megatron.weight_sync.timing import SyncTimes

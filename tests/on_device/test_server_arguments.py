@@ -16,7 +16,7 @@ from exprl_megatron.launch import launcher as launch
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving import keyed_server
 from exprl_megatron.serving.server_command import server_command, server_environment
-from exprl_megatron.serving.server_process import ServerSpec
+from exprl_megatron.serving.server_spec import ServerSpec
 from on_device.colocated import config_tree
 from on_device.learning import MODEL
 from on_device.servers import CAN_SLEEP, FP8, small_server

@@ -22,15 +22,8 @@ from exprl_megatron import planning
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.serving.server_command import irreproducible_sampling, server_command, server_environment
-from exprl_megatron.serving.server_process import (
-    ServerSpec,
-    launch_servers,
-    server_seed,
-    server_specs,
-    side_by_side,
-    start_servers,
-    stop_servers,
-)
+from exprl_megatron.serving.server_process import launch_servers, server_seed, start_servers, stop_servers
+from exprl_megatron.serving.server_spec import ServerSpec, server_specs, side_by_side
 from exprl_megatron.utils.ports import free_ports, is_free
 
 ARCHITECTURES = Path(planning.__file__).parent / "architectures"
@@ -39,7 +32,8 @@ LAUNCHER = """
 import sys, time
 from pathlib import Path
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.serving.server_process import ServerSpec, launch_servers, wait_servers
+from exprl_megatron.serving.server_process import launch_servers, wait_servers
+from exprl_megatron.serving.server_spec import ServerSpec
 servers = launch_servers([ServerSpec("policy-0", Path(sys.argv[1]), ServerConfig(), Path(sys.argv[2]))])
 print("launched", flush=True)
 wait_servers(servers)
@@ -149,7 +143,7 @@ def test_a_directory_without_a_model_is_refused(tmp_path, files, message):
 
 
 def test_float32_is_not_served_on_cuda_unless_attention_kernels_are_named(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("exprl_megatron.serving.server_process.uses_cuda", lambda: True)
+    monkeypatch.setattr("exprl_megatron.serving.server_spec.uses_cuda", lambda: True)
     spec = ServerSpec("judge-0", tiny_model("qwen3"), ServerConfig(), tmp_path / "logs")
     with pytest.raises(UserError, match=r"judge-0 would serve float32, .* choose bfloat16"):
         launch_servers([spec])

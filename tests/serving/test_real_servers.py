@@ -23,7 +23,8 @@ from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.routing import Routing
 from exprl_megatron.serving.checksums import checksums, differing
 from exprl_megatron.serving.flat_log_probs import FLAT_REQUESTED
-from exprl_megatron.serving.server_process import ServerSpec, start_servers, stop_servers
+from exprl_megatron.serving.server_process import start_servers, stop_servers
+from exprl_megatron.serving.server_spec import ServerSpec
 
 pytestmark = pytest.mark.slow
 

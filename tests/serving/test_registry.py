@@ -11,7 +11,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.launch.serve import ServerShare
 from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
 from exprl_megatron.serving.registry import RegisteredServer, Registry
-from exprl_megatron.serving.server_process import server_specs
+from exprl_megatron.serving.server_spec import server_specs
 
 
 def server(name="policy-0", **changes):

@@ -12,7 +12,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.models.left_out import LEFT_OUT
 from exprl_megatron.models.weight_readers import INDEX, SINGLE
 from exprl_megatron.serving.served_model import check_served_model
-from exprl_megatron.serving.server_process import check_servers, server_specs
+from exprl_megatron.serving.server_spec import check_servers, server_specs
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -233,8 +233,6 @@ def test_what_cuda_servers_divide_equally_is_looked_at(tiny_model, tmp_path, fam
 
 def test_servers_of_one_model_are_looked_at_once(tiny_model, tmp_path, monkeypatch):
     looked = []
-    monkeypatch.setattr(
-        "exprl_megatron.serving.server_process.check_served_model", lambda *given: looked.append(given[1])
-    )
+    monkeypatch.setattr("exprl_megatron.serving.server_spec.check_served_model", lambda *given: looked.append(given[1]))
     check_servers(server_specs("policy", tiny_model("qwen3"), ServerConfig(count=3), tmp_path))
     assert looked == ["policy-0"]

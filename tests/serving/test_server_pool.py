@@ -14,7 +14,7 @@ from exprl_megatron.errors import ServerError, WeightsReplaced
 from exprl_megatron.serving.keys import ensure_key
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.server_pool import ServerPool
-from exprl_megatron.serving.server_process import ServerSpec
+from exprl_megatron.serving.server_spec import ServerSpec
 from exprl_megatron.serving.server_supervisor import ServerSupervisor
 from exprl_megatron.serving.shared_judge import JUDGE_VERSION, SharedJudgeClient
 

@@ -9,7 +9,7 @@ from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.serving import server_supervisor as module
 from exprl_megatron.serving.keys import ensure_key
 from exprl_megatron.serving.registry import Registry
-from exprl_megatron.serving.server_process import ServerSpec
+from exprl_megatron.serving.server_spec import ServerSpec
 from exprl_megatron.serving.server_supervisor import ServerSupervisor
 
 

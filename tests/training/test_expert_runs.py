@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.runs.directory import RunDirectory, read_config
 from exprl_megatron.runs.journal import Journal
-from exprl_megatron.serving.server_process import ServerSpec, start_servers
+from exprl_megatron.serving.server_process import start_servers
+from exprl_megatron.serving.server_spec import ServerSpec
 
 pytestmark = pytest.mark.slow
 

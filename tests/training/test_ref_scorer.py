@@ -19,7 +19,8 @@ from exprl_megatron.policy.checkpoint_files import checkpoints
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
 from exprl_megatron.serving.registry import RegisteredServer, Registry
-from exprl_megatron.serving.server_process import server_specs, start_servers
+from exprl_megatron.serving.server_process import start_servers
+from exprl_megatron.serving.server_spec import server_specs
 from exprl_megatron.serving.static_pool import StaticPool
 from exprl_megatron.training.assemble import ref_client
 from exprl_megatron.training.ref_scorer import RefScorer

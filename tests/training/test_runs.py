@@ -22,7 +22,8 @@ from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
-from exprl_megatron.serving.server_process import server_specs, start_servers
+from exprl_megatron.serving.server_process import start_servers
+from exprl_megatron.serving.server_spec import server_specs
 
 pytestmark = pytest.mark.slow
 

@@ -139,7 +139,7 @@ from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.policy.world import enter_world
 from exprl_megatron.utils.accelerator import cuda_capability, group_backend
 from exprl_megatron.serving.server_command import server_environment
-from exprl_megatron.serving.server_process import ServerSpec
+from exprl_megatron.serving.server_spec import ServerSpec
 from exprl_megatron.launch.ranks import rank_environment
 from megatron.core.optimizer import clip_grads
 import torch.distributed as dist

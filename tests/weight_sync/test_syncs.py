@@ -9,7 +9,8 @@ from helpers.under_nccl import faults, knows_backend
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.serving.server_process import ServerSpec, start_servers, stop_servers
+from exprl_megatron.serving.server_process import start_servers, stop_servers
+from exprl_megatron.serving.server_spec import ServerSpec
 
 pytestmark = pytest.mark.slow
 TARGETS = ("two", "tp2")

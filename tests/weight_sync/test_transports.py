@@ -19,7 +19,8 @@ from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.serving.checksums import checksums
 from exprl_megatron.serving.loader_commands import LOADER
-from exprl_megatron.serving.server_process import ServerSpec, start_servers
+from exprl_megatron.serving.server_process import start_servers
+from exprl_megatron.serving.server_spec import ServerSpec
 from exprl_megatron.weight_sync.auto import AutoTransport
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
 from exprl_megatron.weight_sync.coordinator import RankCoordinator

@@ -24,7 +24,8 @@ from exprl_megatron.policy.named_weights import named_weights
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.serving.checksums import ServerChecksums
-from exprl_megatron.serving.server_process import ServerSpec, start_servers, stop_servers
+from exprl_megatron.serving.server_process import start_servers, stop_servers
+from exprl_megatron.serving.server_spec import ServerSpec
 from exprl_megatron.serving.static_pool import StaticPool
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.sync import WeightSync
