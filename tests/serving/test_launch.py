@@ -21,6 +21,7 @@ from helpers.tiny_models import write_tiny_model, write_tiny_vision_model
 from exprl_megatron import planning
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import ServerError, UserError
+from exprl_megatron.serving.keys import KEY_FILE
 from exprl_megatron.serving.server_command import irreproducible_sampling, server_command, server_environment
 from exprl_megatron.serving.server_process import launch_servers, server_seed, start_servers, stop_servers
 from exprl_megatron.serving.server_spec import ServerSpec, server_specs, side_by_side
@@ -254,6 +255,20 @@ def test_servers_draw_from_different_seeds_and_from_new_ones_after_each_start(ti
     assert all(0 <= seed < 2**31 for seed in seeds)
     # The instance_id that a supervisor registers is the one that was seeded.
     assert seeds == [server_seed(0, server.name, server.instance_id) for server in servers]
+
+
+def test_each_server_has_the_port_and_the_key_of_its_own_spec(tiny_model, tmp_path, started):
+    config, ports = ServerConfig(), free_ports(2)
+    specs = [
+        ServerSpec(f"policy-{i}", tiny_model("qwen3"), config, tmp_path, port=port) for i, port in enumerate(ports)
+    ]
+    specs[1] = replace(specs[1], key_file=tmp_path / "other-key")
+    servers = launch_servers(specs)
+    assert [server.url.rpartition(":")[2] for server in servers] == [str(port) for port in ports]
+    assert [command[command.index("--port") + 1] for command, _ in started] == [str(port) for port in ports]
+    assert [server.key_file for server in servers] == [tmp_path / "key", tmp_path / "other-key"]
+    assert [env[KEY_FILE] for _, env in started] == [str(server.key_file) for server in servers]
+    assert (tmp_path / "other-key").is_file()
 
 
 def test_a_started_server_has_the_nccl_variables_of_its_own_size_and_arguments(tiny_model, tmp_path, started):
