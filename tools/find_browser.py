@@ -1,5 +1,6 @@
 """Prints the path of the Chromium that the tests of `exprl report` use; exit status 1 where there is none."""
 
+import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ def find_browser(playwright: Playwright) -> str | None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with sync_playwright() as playwright:
         found = find_browser(playwright)
     if found is None:

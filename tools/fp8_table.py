@@ -4,6 +4,7 @@ Written from the code that refuses a run (exprl_megatron/models/precision_matrix
 the table into the page, and tests/tools/test_fp8_table.py fails where the page has another one.
 """
 
+import argparse
 import re
 from pathlib import Path
 from typing import get_args
@@ -81,4 +82,5 @@ def page(text: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -3,6 +3,7 @@
 Prints a Markdown table: for each number of seeds, the lowest and highest coverage over populations of problems.
 """
 
+import argparse
 from functools import cache
 
 import numpy as np
@@ -58,6 +59,8 @@ def _covered(bounds: tuple[np.ndarray, np.ndarray], truth: float) -> float:
 
 
 def main() -> None:
+    """Print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     deviations = (0.0, 0.3, 1.0)
     head = ["seeds", *(f"{what}, sd {sd:g}" for sd in deviations for what in ("mean", "difference"))]
     print("| " + " | ".join(head) + " |")

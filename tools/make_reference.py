@@ -6,6 +6,7 @@ docs/metrics.md has every metric, from metric_names.py.
     python tools/make_reference.py
 """
 
+import argparse
 import ast
 import inspect
 import json
@@ -171,6 +172,7 @@ def page() -> str:
 
 def main() -> None:
     """Write both pages."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PAGE.write_text(page(), encoding="utf-8")
     METRICS_PAGE.write_text(metric_names.page(), encoding="utf-8")
 

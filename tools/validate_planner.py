@@ -1,5 +1,6 @@
 """Compares the models of training and step time with published figures: `python tools/validate_planner.py`."""
 
+import argparse
 import json
 from collections import defaultdict
 from dataclasses import dataclass
@@ -207,6 +208,7 @@ def spread(errors: list[float]) -> str:
 
 def main() -> None:
     """Print every row, then the errors by set and by group."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for step in step_comparisons():
         time = step.time
         print(
