@@ -1,4 +1,4 @@
-"""`python -m recipes`: what `nemorun recipes` does, and status, logs and end of an experiment.
+"""Runs recipes as `nemorun recipes` does, prints status and logs of an experiment, and cancels it.
 
 python -m recipes exprl_then_sparse_rl --factory llama3p3_70b --dryrun --yes run.executor=slurm run.executor.account=me
 """
@@ -20,7 +20,7 @@ Experiment = Annotated[str, typer.Argument(help="Its id, or its title for the la
 
 @app.command("list")
 def list_recipes() -> None:
-    """Name the models; each has every one of the experiments below."""
+    """List the models that have recipes; each has all experiments below."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     for name in names.MODELS:
@@ -43,7 +43,7 @@ def resolve(
 
 @app.command()
 def status(experiment: Experiment) -> None:
-    """How the jobs of an experiment stand; exit status 1 where one has failed."""
+    """Print the states of an experiment's jobs; exit status 1 where one has failed."""
     from recipes import logs
 
     if not logs.print_status(experiment):
@@ -54,7 +54,7 @@ def status(experiment: Experiment) -> None:
 def show_logs(
     experiment: Experiment, lines: Annotated[int, typer.Option(min=1, help="Number of last lines of each file.")] = 20
 ) -> None:
-    """What every component of an experiment wrote."""
+    """Print the last lines that each component of an experiment wrote."""
     from recipes import logs
 
     logs.print_logs(experiment, lines)

@@ -1,4 +1,4 @@
-"""What can be run of each model: stage 1, stage 2, the two as one experiment, and the rivals of stage 1.
+"""The experiments of each model: stage 1, stage 2, both as one experiment, and baselines for stage 1.
 
 `nemorun recipes exprl --factory llama3p3_70b run.executor=slurm ...`, or `python -m recipes` in place of
 `nemorun recipes`. Every argument can be set on the command line: `config.stages[0].steps=20 nodes.trainer=10`.
@@ -25,13 +25,13 @@ def sparse_rl(ctx: run.cli.RunContext, config: dict, nodes: Nodes, site: Site, r
 
 @run.cli.entrypoint(namespace="recipes", type="experiment")
 def sft(ctx: run.cli.RunContext, config: dict, nodes: Nodes, site: Site, resume: bool = False) -> None:
-    """A rival of stage 1: supervised fine-tuning on the references."""
+    """A baseline for stage 1: supervised fine-tuning on the references."""
     _single(ctx, config, nodes, site, resume)
 
 
 @run.cli.entrypoint(namespace="recipes", type="experiment")
 def self_distill(ctx: run.cli.RunContext, config: dict, nodes: Nodes, site: Site, resume: bool = False) -> None:
-    """A rival of stage 1: self-distillation from the start, which sees the reference."""
+    """A baseline for stage 1: self-distillation from the starting model, which sees the reference."""
     _single(ctx, config, nodes, site, resume)
 
 

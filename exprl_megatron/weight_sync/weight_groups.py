@@ -18,7 +18,7 @@ from exprl_megatron.errors import RequestRefused, ServerError
 from exprl_megatron.models.shards import sender
 from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.process_groups import GroupThread, abort, destroy, in_background
+from exprl_megatron.serving.process_groups import GroupThread, abort, destroy, in_background, on_device
 from exprl_megatron.utils.accelerator import group_backend
 from exprl_megatron.utils.required import required
 from exprl_megatron.utils.together import gather_or_cancel
@@ -230,7 +230,13 @@ class WeightGroups:
 
     def _init_group(self, name: str, place: tuple[str, int]) -> Future[dist.ProcessGroup]:
         """Start to form a group as its rank 0."""
-        return in_background(name, lambda: init_group(name, *place, 0, self._size, self._deadline_s))
+
+        def work() -> dist.ProcessGroup:
+            # A thread's current GPU is the first one until it is set.
+            with on_device(self._world.device):
+                return init_group(name, *place, 0, self._size, self._deadline_s)
+
+        return in_background(name, work)
 
     def _open_store(self, host: str) -> tuple[str, int] | None:
         """Open the store in which servers on `host` meet this rank, if it is a sender; returns its address and port."""
