@@ -113,6 +113,16 @@ def command_line(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture(autouse=True)
+def _no_plugins_of_another_test():
+    """Where one test's config searches for modules, the next one's does not."""
+    from exprl_megatron.plugins import loading
+
+    kept = list(loading._plugin_directories)
+    yield
+    loading._plugin_directories[:] = kept
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """`tiny_model("qwen3", tied=True)`: the directory of such a model, written once (see write_tiny_model).
