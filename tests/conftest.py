@@ -91,8 +91,9 @@ def _state_of_the_process_is_given_back():
     sys.setswitchinterval(interval)
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
-            # None: not from Python.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            if signal.getsignal(number) is not handler:
+                # None: not from Python.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
     os.environ.pop("EXPRL_STARTED", None)
     if started is not None:
         os.environ["EXPRL_STARTED"] = started

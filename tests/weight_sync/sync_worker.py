@@ -299,7 +299,7 @@ def dies(world, arguments, kind: str, target: str) -> list | None:
     syncs.clients = syncs.clients[:-1]
     if len(servers) > 1:
         if syncs.coordinator.is_rank0:
-            syncs.coordinator.run(syncs.clients[0].reset(deadline_s=20.0))
+            syncs.coordinator.run(syncs.clients[0].reset(deadline_s=60.0))
         change(syncs.policy)
         sync = syncs.sync(kind)
         sync.push_weights("v3")

@@ -103,7 +103,7 @@ def test_each_rank_of_a_server_opens_memory_of_its_own_gpu(results, layout, targ
 @pytest.mark.parametrize("fails", range(4))
 def test_whichever_round_is_refused_every_rank_ends_at_once(results, fails):
     assert results[f"stopped at {fails}"]["ends"] == ["ServerError", "RankZeroFailed"]
-    assert results[f"stopped at {fails}"]["seconds"] < 20
+    assert results[f"stopped at {fails}"]["seconds"] < 40  # of 60 s
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -135,4 +135,4 @@ def test_a_server_that_dies_in_a_sync_ends_every_rank_with_its_name_and_frees_th
     (told, took_s), (followed, follower_s) = results[f"{kind} dies"]
     assert told.startswith(f"ServerError: {name} ") and "died or is not reachable" in told
     assert followed.startswith("RankZeroFailed")
-    assert max(took_s, follower_s) < 30
+    assert max(took_s, follower_s) < 60  # of 100 s
