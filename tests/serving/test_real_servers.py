@@ -57,12 +57,27 @@ PROMPT = list(range(3, 100))
 
 
 @pytest.fixture(scope="module")
-def servers(tiny_model, tmp_path_factory):
+def served_form(tmp_path_factory):
+    """`served_form(name, directory)`: the model as servers get it, for Qwen3.5 as it is published.
+
+    What is compared with it is its language model alone.
+    """
+    written: dict[Path, Path] = {}
+
+    def get(name: str, directory: Path) -> Path:
+        if name not in QWEN3_5:
+            return directory
+        if directory not in written:
+            written[directory] = write_tiny_vision_model(tmp_path_factory.mktemp("vision"), directory)
+        return written[directory]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def servers(tiny_model, served_form, tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
-    models = {name: tiny_model(name, **settings) for name, settings in MODELS.items()}
-    # As they are published; what is compared with them is their language models alone.
-    for name in QWEN3_5:
-        models[name] = write_tiny_vision_model(tmp_path_factory.mktemp("vision"), models[name])
+    models = {name: served_form(name, tiny_model(name, **settings)) for name, settings in MODELS.items()}
     specs = [ServerSpec(f"{name}-0", model, _config(name), logs) for name, model in models.items()]
     started = start_servers(specs, starter())
     yield dict(zip(MODELS, started, strict=True))
@@ -133,6 +148,8 @@ def returned(generation, dense_layers=0) -> list:
 
 
 ROUTING = Routing(layers=2, top_k=2, experts=EXPERTS)
+MIXTURES = {"qwen3-moe": 0, "glm4-moe": 1, "qwen3.5-moe": 0}
+"""And their dense layers."""
 
 
 @pytest.mark.parametrize(
@@ -160,28 +177,32 @@ def test_the_experts_returned_are_those_that_transformers_chooses(servers, tiny_
         assert returned(generation, dense_layers) == expected
 
 
-def test_after_an_update_the_experts_of_all_tokens_are_those_of_the_new_weights(servers, tiny_model, tmp_path):
+@pytest.mark.parametrize("name", MIXTURES)
+def test_after_an_update_the_experts_of_all_tokens_are_those_of_the_new_weights(
+    servers, tiny_model, served_form, tmp_path, name
+):
     """Of a prompt that was in the cache, and of a trace that was held: its cache is computed again."""
-    original = tiny_model("qwen3-moe", **MODELS["qwen3-moe"])
-    other = write_tiny_model(tmp_path / "other", "qwen3-moe", **MODELS["qwen3-moe"], seed=5)
-    settings = {"temperature": 1.0, "seed": 1, "routing": ROUTING}
+    dense = MIXTURES[name]
+    original = tiny_model(name, **MODELS[name])
+    other = write_tiny_model(tmp_path / "other", name, **MODELS[name], seed=5)
+    settings = {"temperature": 1.0, "seed": 1, "routing": replace(ROUTING, dense_layers=dense)}
 
     async def ask(client):
         long = client.generate(PROMPT[:3], max_new_tokens=900, regex="[a-z ]{2000}", **settings)
         running = asyncio.create_task(long)
         await client.generate(PROMPT, max_new_tokens=20, **settings)
         await client.pause("retract")
-        await client.update_from_disk(other, "other")
+        await client.update_from_disk(served_form(name, other), "other")
         await client.continue_()
         again = await client.generate(PROMPT, max_new_tokens=20, **settings)
         held = await running
-        await client.update_from_disk(original, "initial")
+        await client.update_from_disk(served_form(name, original), "initial")
         return again, held
 
-    again, held = on(servers["qwen3-moe"], ask)
-    assert returned(again) == chosen_by_transformers(other, PROMPT, again)
+    again, held = on(servers[name], ask)
+    assert returned(again, dense) == chosen_by_transformers(other, PROMPT, again)
     assert [version for version, _, _ in held.weight_versions] == ["initial", "other"]
-    assert returned(held) == chosen_by_transformers(other, PROMPT[:3], held)
+    assert returned(held, dense) == chosen_by_transformers(other, PROMPT[:3], held)
 
 
 def test_traces_that_were_held_aborted_or_asked_for_again_have_the_experts_of_the_tokens_that_they_kept(
@@ -215,42 +236,46 @@ def test_traces_that_were_held_aborted_or_asked_for_again_have_the_experts_of_th
             assert returned(generation) == chosen_by_transformers(directory, prompt, generation)
 
 
+@pytest.mark.parametrize("name", MIXTURES)
 def test_a_trace_that_continues_in_place_has_the_experts_of_the_weights_that_computed_each_token(
-    servers, tiny_model, tmp_path
+    servers, tiny_model, served_form, tmp_path, name
 ):
     """Until the update those of the old weights; then those of the new ones behind the old weights' cache."""
-    original = tiny_model("qwen3-moe", **MODELS["qwen3-moe"])
-    other = write_tiny_model(tmp_path / "other", "qwen3-moe", **MODELS["qwen3-moe"], seed=5)
+    dense, tokens = MIXTURES[name], 300
+    original = tiny_model(name, **MODELS[name])
+    other = write_tiny_model(tmp_path / "other", name, **MODELS[name], seed=5)
     prompt = PROMPT[:3]
+    settings = {"temperature": 1.0, "seed": 1, "routing": replace(ROUTING, dense_layers=dense)}
 
     async def ask(client):
-        long = client.generate(
-            prompt, temperature=1.0, seed=1, max_new_tokens=300, regex="[a-z ]{2000}", routing=ROUTING
-        )
+        long = client.generate(prompt, max_new_tokens=tokens, regex="[a-z ]{2000}", **settings)
         running = asyncio.create_task(long)
         await client.generate(PROMPT, temperature=1.0, max_new_tokens=20, seed=1)
         await client.pause("in_place")
-        await client.update_from_disk(other, "other")
+        await client.update_from_disk(served_form(name, other), "other")
         await client.continue_()
         held = await running
-        await client.update_from_disk(original, "initial")
+        await client.update_from_disk(served_form(name, original), "initial")
         return held
 
-    held = on(servers["qwen3-moe"], ask)
+    held = on(servers[name], ask)
     (_, _, switch), (version, _, _) = held.weight_versions
-    assert version == "other" and 0 < switch < 300
+    assert version == "other" and 0 < switch < tokens
     # The last token under the old weights was read under the new ones, to sample the one behind it.
     read = len(prompt) + switch - 1
     ids, chosen, cache = torch.tensor([[*prompt, *held.token_ids]]), [], None
-    for directory, part in ((original, ids[:, :read]), (other, ids[:, read:])):
+    # transformers continues from the states of gated delta nets one token at a time.
+    steps = [ids[:, :read]], ids[:, read:].split(1, dim=1)
+    for directory, parts in zip((original, other), steps, strict=True):
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        layers = []
-        for layer in model.model.layers:
-            layer.mlp.gate.register_forward_hook(lambda gate, inputs, output, layers=layers: layers.append(output[2]))
+        layers = [[] for _ in range(ROUTING.layers - dense)]
+        for layer, found in zip(model.model.layers[dense:], layers, strict=True):
+            layer.mlp.gate.register_forward_hook(lambda gate, inputs, output, found=found: found.append(output[2]))
         with torch.no_grad():
-            cache = model(part, past_key_values=cache, use_cache=True).past_key_values
-        chosen.append(torch.stack(layers, dim=1))
-    assert returned(held) == torch.cat(chosen)[:-1].sort().values.tolist()
+            for part in parts:
+                cache = model(part, past_key_values=cache, use_cache=True).past_key_values
+        chosen.append(torch.stack([torch.cat(found) for found in layers], dim=1))
+    assert returned(held, dense) == torch.cat(chosen)[:-1].sort().values.tolist()
 
 
 def test_a_server_that_was_not_started_to_return_experts_is_asked_for_them_without_success(servers):
