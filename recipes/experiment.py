@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -50,6 +51,7 @@ def submit(ctx: run.cli.RunContext, jobs: list[Job], site: Site, resume: bool) -
     go on without this process.
     Raises UserError, before anything is submitted, where they could not run; RunStopped where a job has failed.
     """
+    _check_name(ctx.name)
     executor = ctx.executor or run.LocalExecutor()
     here = isinstance(executor, run.LocalExecutor)
     check_executor(executor)
@@ -73,6 +75,18 @@ def submit(ctx: run.cli.RunContext, jobs: list[Job], site: Site, resume: bool) -
         experiment.run(detach=ctx.detach, tail_logs=ctx.tail_logs)
     if here or not ctx.detach:
         require_success(experiment)
+
+
+def _check_name(name: str) -> None:
+    """Check that an experiment's name, which NeMo-Run makes a directory and part of scripts of, is a plain word.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise UserError(
+            f"--name is {name!r}, which is to be a directory's name; use letters, digits, '_', '.' and '-'."
+        )
 
 
 def outcomes(experiment: run.Experiment) -> dict[str, str]:

@@ -63,8 +63,8 @@ def resolve_config(
     try:
         resolved = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        if isinstance(error.__cause__, UserError):
-            raise UserError(f"{path}: {error.__cause__}") from error
+        if (own := _user_error_behind(error)) is not None:
+            raise UserError(f"{path}: {own}") from error
         if isinstance(error, InterpolationKeyError) and (key := re.search(r"'(.+?)' not found", str(error))):
             raise UserError(f"{path} has no {key[1]}, to which a ${{{key[1]}}} refers; correct the name.") from error
         raise UserError(f"{path} refers to what it does not have: {_one_line(error)}; fix the ${{...}}.") from error
@@ -263,6 +263,13 @@ def _fault(error: Exception) -> str:
         mark = error.problem_mark
         return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}"
     return _one_line(error)
+
+
+def _user_error_behind(error: BaseException | None) -> UserError | None:
+    """Return the UserError that a resolver raised; OmegaConf wraps it and may cut the chain of causes."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _one_line(error: Exception) -> str:

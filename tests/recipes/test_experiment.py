@@ -17,7 +17,7 @@ from exprl_megatron.processes.fork_server import ForkRequest, ForkServer
 from recipes import executors, llama3p3_70b, miniature, qwen3_4b
 from recipes.__main__ import app
 from recipes.executors import check_executor
-from recipes.experiment import launch
+from recipes.experiment import launch, submit
 from recipes.places import Nodes, components
 from recipes.trees import as_run_config
 
@@ -128,6 +128,13 @@ def test_an_executor_that_nemo_run_would_misread_is_refused_in_a_sentence(change
     executor = slurm_of_research(**changes)
     with pytest.raises(UserError, match=said):
         launch(miniature.exprl(), executor, dryrun=True)
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "a b", "a/b", "..", "$(id)", "-x", ""])
+def test_an_experiment_s_name_that_is_no_plain_word_is_refused(name):
+    ctx = run.cli.RunContext(name=name, dryrun=True)
+    with pytest.raises(UserError, match=r"^--name is .*, which is to be a directory's name; use letters"):
+        submit(ctx, [], None, resume=False)
 
 
 def test_other_executors_and_directories_of_jobs_are_refused(monkeypatch):

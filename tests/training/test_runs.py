@@ -5,7 +5,6 @@ import itertools
 import json
 import shutil
 import sqlite3
-import stat
 from pathlib import Path
 
 import pytest
@@ -109,11 +108,6 @@ def test_held_out_problems_are_evaluated_every_two_steps_once_under_the_weights_
     assert found == expected
     evaluated = [r["step"] for r in read_metrics(paths.metrics) if "evaluation/pass@1" in r["metrics"]]
     assert evaluated == [0, 2, 3, 5]
-
-
-def test_every_file_that_the_run_and_its_ranks_wrote_is_private(killed_run):
-    root = RunDirectory(killed_run.directory).root
-    assert [path for path in (root, *root.rglob("*")) if stat.S_IMODE(path.stat().st_mode) & 0o077] == []
 
 
 def test_trainer_and_sampler_agree_on_every_step_of_the_run(killed_run):
