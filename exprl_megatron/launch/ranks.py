@@ -91,11 +91,13 @@ class TrainerRanks:
         Raises:
             UserError, RunStopped, Preempted: the error of the rank that failed first.
         """
+        # Before the failures are looked for: a rank may fail in between.
+        alive = self.alive()
         if self._failed():
             self._wait_for_cause()
             raise self._cause(self._failed())
         self._require_heartbeats()
-        return self.alive()
+        return alive
 
     def _failed(self) -> list[int]:
         """Return the ranks that have failed."""

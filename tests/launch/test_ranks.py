@@ -112,6 +112,13 @@ def test_the_word_of_an_earlier_attempt_is_not_taken_for_that_of_this_one(start,
     )
 
 
+def test_ranks_that_fail_between_two_looks_have_not_ended_well(start, monkeypatch):
+    ranks, looks = start([sys.executable, "-S", "-c", "import time; time.sleep(300)"], 1), iter([None])
+    with monkeypatch.context() as patch, pytest.raises(RunStopped, match="trainer-0 ended"):
+        patch.setattr(ranks._processes[0], "poll", lambda: next(looks, 1))
+        ranks.running()
+
+
 def test_a_stopped_rank_is_found_by_its_silence_and_ended(start, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SILENCE_S", 8.0)
     ranks = start([sys.executable, "-c", BEATS], 2)
