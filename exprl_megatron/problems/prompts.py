@@ -1,8 +1,9 @@
 """Builds the prompts of the policy, in token ids, from the texts of problems."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -118,6 +119,11 @@ class PromptedProblems:
 
     def __len__(self) -> int:
         return len(self.problems)
+
+    @cached_property
+    def index_of(self) -> Mapping[str, int]:
+        """The index of each problem by its id."""
+        return {problem.id: index for index, problem in enumerate(self.problems)}
 
 
 def check_vocabulary(model: str, size: int, prompts: Sequence[Sequence[int]]) -> None:

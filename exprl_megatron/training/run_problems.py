@@ -1,6 +1,6 @@
 """The problems of a run: their prompts, their leak guards, and the order in which a stage draws them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from exprl_megatron.config.problems import ProblemsConfig
@@ -70,8 +70,13 @@ class RunProblems:
 
     def texts(self, stage: RlStage) -> Callable[[str], str]:
         """Return a function from a problem's id to its text; the empty text where the stage has no such problem."""
-        problems = self.prompted[stage.problems].problems
-        return lambda problem_id: next((p.statement for p in problems if p.id == problem_id), "")
+        prompted = self.prompted[stage.problems]
+
+        def text(problem_id: str) -> str:
+            index = prompted.index_of.get(problem_id)
+            return "" if index is None else prompted.problems[index].statement
+
+        return text
 
     def write_kept(self, stage: RlStage, hooks: StageHooks) -> None:
         """Write the problems that the user's stage, of these `hooks`, selects for later stages, if it selects any."""
@@ -96,13 +101,14 @@ class RunProblems:
         choice = self._choice(stage)
         return [choice[i] for i in problem_indices(self._config.seed, stage.name, first, count, len(choice))]
 
-    def index_of(self, stage: RlStage) -> dict[str, int]:
+    def index_of(self, stage: RlStage) -> Mapping[str, int]:
         """Return the index of each problem of the stage's problem set by its id."""
-        return {problem.id: i for i, problem in enumerate(self.prompted[stage.problems].problems)}
+        return self.prompted[stage.problems].index_of
 
     def problem(self, stage: RlStage, problem_id: str) -> Problem:
         """Return a problem of the stage's problem set, with its reference."""
-        return next(problem for problem in self.prompted[stage.problems].problems if problem.id == problem_id)
+        prompted = self.prompted[stage.problems]
+        return prompted.problems[prompted.index_of[problem_id]]
 
     def custom_prompt(self, stage: RlStage, problem_id: str, text: str) -> tuple[int, ...]:
         """Return the token ids of a prompt with `text` of the user's code in place of the problem's statement.
