@@ -1,6 +1,7 @@
 """What a page shows of a run as a whole: its curves, evaluations, record, and where its time went."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,10 +123,20 @@ def config_rows(configs: Sequence[RunConfig], without_references: bool) -> list[
     return found
 
 
-def evaluation_names(directory: RunDirectory) -> list[str]:
-    """Return the evaluations whose answers were kept, in the order in which they were made."""
-    kept = sorted(directory.evaluations.rglob("*.parquet"), key=lambda path: path.stat().st_mtime)
-    return [str(path.relative_to(directory.evaluations).with_suffix("")) for path in kept]
+def evaluation_names(directory: RunDirectory, stages: Sequence[str]) -> list[str]:
+    """Return the evaluations whose answers were kept, in the order of the run, whose stages are `stages`.
+
+    Times of files do not say that order: a copy of a run may have others.
+    """
+    place = {name: index for index, name in enumerate(stages)}
+
+    def order(name: str) -> tuple[int, float, str]:
+        stage, _, step = name.partition("/step-")
+        # The evaluation before the first stage has the name of none; that of a stage follows those of its steps.
+        return place.get(stage, -1), int(step) if step.isdecimal() else math.inf, name
+
+    kept = directory.evaluations.rglob("*.parquet")
+    return sorted((path.relative_to(directory.evaluations).with_suffix("").as_posix() for path in kept), key=order)
 
 
 def _learned(record: Mapping) -> bool:

@@ -98,7 +98,7 @@ class RunPages:
         except UserError:
             pairs = []
         steps = [StepKey(stage, step) for stage, step in evenly_spaced(pairs, MOST_STEPS)]
-        evaluations = [StepKey(name, None) for name in evaluation_names(self.directory)]
+        evaluations = [StepKey(name, None) for name in self._evaluations()]
         return steps + evenly_spaced(evaluations, MOST_STEPS), len(pairs)
 
     def read(self, places: Sequence[StepKey], most: Callable[[], int]) -> Iterator[tuple[dict[str, Any], PageBlock]]:
@@ -116,6 +116,9 @@ class RunPages:
                     yield what | {"fault": escaped(str(error))}, PageBlock({}, "")
                     continue
                 yield what | read.block.index | {"judge": read.figures}, read.block
+
+    def _evaluations(self) -> list[str]:
+        return evaluation_names(self.directory, [stage.name for stage in self.config.stages])
 
     def _place(self, place: StepKey, words: JudgeWords, most: int) -> _Read:
         stamp = self._stamp(place)
