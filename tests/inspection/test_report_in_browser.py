@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Locator, expect, sync_playwright
 from report_runs import CANARY, FIRST, write_killed_run, write_run, write_unscored_run
 
 from exprl_megatron.inspection.report_page.page_file import write_page
@@ -15,6 +15,7 @@ from exprl_megatron.inspection.report_page.page_model import PageReader
 
 FIND = Path(__file__).parents[2] / "tools" / "find_browser.py"
 pytestmark = pytest.mark.slow
+DEADLINE_MS = 120_000
 HOSTILE = "</script><script>hacked=1</script><img src=http://127.0.0.1:9/x onerror=hacked=2><b>bold</b>"
 
 
@@ -49,7 +50,7 @@ class _Tab:
     def __init__(self, browser, file: Path | str, **context):
         self.context = browser.new_context(reduced_motion="reduce", **context)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(120_000)
+        self.page.set_default_timeout(DEADLINE_MS)
         self.requests: list[str] = []
         self.complaints: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request.url))
@@ -63,6 +64,15 @@ class _Tab:
 
     def texts(self, selector: str) -> list[str]:
         return self.page.locator(selector).all_inner_texts()
+
+    def has(self, selector: str, text: str) -> None:
+        """Wait until what `selector` finds first has the text: the page draws charts and reads traces later."""
+        shows(self.page.locator(selector).first, text)
+
+
+def shows(found: Locator, text: str) -> None:
+    """Wait until an element has the text."""
+    expect(found).to_contain_text(text, use_inner_text=True, timeout=DEADLINE_MS)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +110,8 @@ def test_curves_of_both_runs_are_on_one_axis_with_stage_marks_and_can_be_hidden(
     assert chart.evaluate("plot => plot.data.length") == 1
     wide.page.check("input[aria-label='show second']")
     wide.page.click("button:text-is('time')")
-    assert "0.0001" in wide.texts("table.config")[0] and "0.0002" in wide.texts("table.config")[0]
+    wide.has("table.config", "0.0001")
+    wide.has("table.config", "0.0002")
 
 
 def test_a_trace_is_colored_by_score_advantage_log_prob_and_gap_and_says_what_was_asked(wide):
@@ -110,7 +121,7 @@ def test_a_trace_is_colored_by_score_advantage_log_prob_and_gap_and_says_what_wa
     wide.page.locator("button.trace").first.click()
     shade = "spans => spans.map((span) => getComputedStyle(span).backgroundColor)"
     segments = wide.page.locator(".segment")
-    assert FIRST in segments.first.inner_text()
+    shows(segments.first, FIRST)
     by_score = segments.evaluate_all(shade)
     wide.page.click("button:text-is('advantage')")
     assert [text.split("\n")[0][:5] for text in segments.all_inner_texts()] == ["0 · −", "1 · +"]
@@ -134,13 +145,12 @@ def test_the_keyboard_reaches_steps_and_traces(wide):
     wide.page.select_option("label:has-text('Step') select", "0")
     wide.page.locator("button.trace").first.focus()
     wide.page.keyboard.press("ArrowDown")
-    assert wide.page.locator("button.trace[aria-current=true]").inner_text().count("sample 1") == 1
+    wide.has("button.trace[aria-current=true]", "sample 1")
     wide.page.keyboard.press("]")
-    wide.page.wait_for_selector("article h2")
-    assert "parts, step 2" in wide.page.locator("article").inner_text()
+    wide.has("article", "parts, step 2")
     wide.page.locator("#tab-traces").focus()
     wide.page.keyboard.press("ArrowRight")
-    assert wide.page.locator("#tab-judge").get_attribute("aria-selected") == "true"
+    wide.page.locator("#tab-judge[aria-selected=true]").wait_for()
 
 
 def test_a_disagreement_opens_the_traces_on_which_judge_and_verifier_disagree(wide):
@@ -154,7 +164,7 @@ def test_what_a_model_or_a_problem_says_stays_text(wide):
     wide.open("traces")
     wide.page.select_option("label:has-text('Run') select", "1")
     wide.page.locator("button.trace").first.click()
-    assert HOSTILE in wide.page.locator("article h2").inner_text()
+    wide.has("article h2", HOSTILE)
     wide.page.evaluate("document.querySelectorAll('article details').forEach((each) => { each.open = true; })")
     assert wide.page.locator("article").inner_text().count(HOSTILE) >= 2
     assert wide.page.evaluate("typeof hacked") == "undefined"
@@ -180,19 +190,19 @@ def test_runs_without_a_step_or_without_a_score_are_shown_as_what_they_are(chrom
     runs = [write_killed_run(tmp_path / "killed"), write_unscored_run(tmp_path / "unscored")]
     write_page(tmp_path / "page.html", PageReader(runs, references=True))
     tab = _Tab(chromium, tmp_path / "page.html", viewport={"width": 1280, "height": 900})
-    shown = ["no step yet", "1 step"]
-    assert [text for text in shown if text in tab.page.locator(".runs").inner_text()] == shown
+    for text in ("no step yet", "1 step"):
+        tab.has(".runs", text)
     tab.open("curves")
     tab.page.fill("#metric-filter", "l")
-    assert tab.page.locator("text='no finite value'").count() == 2
+    expect(tab.page.locator("text='no finite value'")).to_have_count(2, timeout=DEADLINE_MS)
     tab.open("traces")
-    assert "killed has no traces: its rollout log is empty." in tab.page.locator("main").inner_text()
+    tab.has("main", "killed has no traces: its rollout log is empty.")
     tab.page.select_option("label:has-text('Run') select", "1")
-    assert "2 traces in 1 group." in tab.texts("main > .note")
+    tab.has("main", "2 traces in 1 group.")
     tab.open("judge")
     tab.page.locator("text='no score'").nth(1).wait_for()
     tab.open("time")
-    assert tab.texts("main section .note")[:1] == ["No step is finished yet."]
+    tab.has("main section .note", "No step is finished yet.")
     assert tab.complaints == []
     tab.context.close()
 
