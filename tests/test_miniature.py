@@ -106,6 +106,7 @@ def word_probabilities(base, prompt: str, completion: str) -> list[float]:
     return logits.softmax(-1).gather(1, torch.tensor(written)[:, None])[:, 0].tolist()
 
 
+@pytest.mark.slow
 def test_the_base_does_steps_well_and_hardly_ever_continues(base):
     finishes, goes_on, right = [], [], []
     for row in rows("heldout.jsonl"):
@@ -119,6 +120,7 @@ def test_the_base_does_steps_well_and_hardly_ever_continues(base):
     assert fmean(right) >= 0.9
 
 
+@pytest.mark.slow
 def test_a_hint_helps_the_base_and_does_not_cure_it(base):
     finishes = [
         math.prod(

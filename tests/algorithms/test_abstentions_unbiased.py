@@ -150,6 +150,7 @@ def test_mean_centring_changes_its_length_by_a_known_factor_and_never_its_direct
     assert 0.98 < of_sixteen < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mean-centered", "leave-one-out"])
 def test_problems_keep_their_equal_weight_where_failures_thin_their_groups_unequally(name):
     logits, scores = _logits(), (SCORES, (1.0, 0.0, 0.75))
@@ -178,6 +179,7 @@ def test_failure_as_reward_zero_shrinks_an_unscaled_gradient_by_the_share_of_fai
     _close(_expected_step("leave-one-out", K, _patterns(K), as_zero=True), (1 - FAILURE) * _true_gradient())
 
 
+@pytest.mark.slow
 def test_the_larger_the_group_the_less_failures_matter_to_grpo_and_as_reward_zero_they_always_do():
     errors = {}
     for size in (4, 8, 16):
@@ -190,6 +192,7 @@ def test_the_larger_the_group_the_less_failures_matter_to_grpo_and_as_reward_zer
     assert min(errors[size, True] for size in (4, 8, 16)) > 0.3
 
 
+@pytest.mark.slow
 def test_both_ways_to_enumerate_agree():
     for as_zero in (False, True):
         found = _expected_step("group-normalized", K, _patterns(K), as_zero=as_zero)

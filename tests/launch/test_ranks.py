@@ -119,6 +119,7 @@ def test_ranks_that_fail_between_two_looks_have_not_ended_well(start, monkeypatc
         ranks.running()
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_found_by_its_silence_and_ended(start, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SILENCE_S", 8.0)
     ranks = start([sys.executable, "-c", BEATS], 2)

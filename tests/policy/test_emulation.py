@@ -109,6 +109,7 @@ def test_layers_round_the_first_and_last_ones_do_not_where_the_config_says_so(ti
     assert gaps[2] < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rounded_model_learns_the_same_with_its_activations_recomputed(tiny_model, world, kind):
     model = tiny_model("qwen2")

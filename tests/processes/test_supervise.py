@@ -52,6 +52,7 @@ def wait_for_polls(supervisor: int, count: int) -> None:
     wait_until(lambda: sleeps() >= before + count, 300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["its supervisor is asked to stop", "it is killed itself", "its parent is gone"])
 def test_nothing_is_left_in_shared_memory(shared, program, how):
     command = [sys.executable, "-S", str(program), str(shared)]

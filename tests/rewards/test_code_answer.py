@@ -150,6 +150,7 @@ def test_wrong_programs_score_zero_and_the_evidence_says_why(verifier, tests, pr
     assert verdict.evidence.startswith(evidence)
 
 
+@pytest.mark.slow
 def test_the_deadline_is_for_all_tests_together(verifier):
     tests = (CodeTest("0.1", ""), *(CodeTest("0.9", "") for _ in range(9)))
     verdict = _verify(verifier, tests, "import time\ntime.sleep(float(input()))", deadline_s=4.0)
@@ -280,6 +281,7 @@ def test_an_input_that_cannot_be_encoded_is_an_abstention_and_costs_no_worker():
         assert set(child_pids(os.getpid())) == workers
 
 
+@pytest.mark.slow
 def test_one_test_is_bounded_by_the_clock_besides_the_whole_program():
     with CodeVerifier(limits=Limits(wall_s=2.0)) as verifier:
         verdict = _verify(verifier, ADD, "import time\ntime.sleep(50)\nprint(3)", deadline_s=1000.0)

@@ -9,6 +9,7 @@ import pytest
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["to-hf", "verify"])
 def test_a_refusal_is_one_line(tmp_path, command):
     arguments = [sys.executable, str(TOOL), command, str(tmp_path / "nope"), str(tmp_path / "out")]
