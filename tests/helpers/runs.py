@@ -90,8 +90,16 @@ def finish(ranks: TrainerRanks, deadline_s: float = 300) -> None:
 
 def kill_when(ranks: TrainerRanks, condition: Callable[[], bool], deadline_s: float = 300) -> None:
     """kill -9 of every rank at the first moment at which `condition` holds."""
-    wait_until(lambda: condition() or not ranks.running(), deadline_s)
-    assert condition(), "the run ended before the moment came"
+    came = False
+
+    def look() -> bool:
+        # Once, as the moment may be over when the condition is looked at again.
+        nonlocal came
+        came = condition()
+        return came or not ranks.running()
+
+    wait_until(look, deadline_s)
+    assert came, "the run ended before the moment came"
     workers = existing(worker for pid in ranks.pids for worker in child_pids(pid))
     started = [process for worker in workers for process in family(worker.pid)]
     for worker in workers:

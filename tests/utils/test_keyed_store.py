@@ -9,6 +9,9 @@ import torch.distributed as dist
 from exprl_megatron.utils.authentication import NotAuthentic, hidden_name, sign, verify
 from exprl_megatron.utils.keyed_store import Records, connect_store, keyed_names, start_store
 
+HOST = "127.77.1.2"
+"""An address at which nobody else listens or connects, so that a port that was released is free."""
+
 
 def listening() -> set[tuple[str, int]]:
     return {c.laddr[:2] for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
@@ -16,16 +19,16 @@ def listening() -> set[tuple[str, int]]:
 
 def test_a_store_listens_at_its_address_alone_and_no_longer_when_it_is_let_go_of():
     before = listening()
-    store = start_store("127.0.0.1", 0, 10.0)
-    assert listening() - before == {("127.0.0.1", store.port)}
-    other = connect_store("127.0.0.1", store.port, 10.0)
+    store = start_store(HOST, 0, 10.0)
+    assert listening() - before == {(HOST, store.port)}
+    other = connect_store(HOST, store.port, 10.0)
     other.set("name", "value")
     assert store.get("name") == b"value"
     port = store.port
     del store, other
     gc.collect()
-    assert ("127.0.0.1", port) not in listening()
-    again = start_store("127.0.0.1", port, 10.0)
+    assert (HOST, port) not in listening()
+    again = start_store(HOST, port, 10.0)
     assert again.port == port
 
 
