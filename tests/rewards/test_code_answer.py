@@ -187,6 +187,7 @@ def test_many_at_once_get_their_own_verdicts(verifier):
     assert [verdict.value for verdict in asyncio.run(all_of_them())] == [1.0] * 3 + [0.0] * 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", ["worker", "zygote"])
 def test_a_worker_that_dies_is_replaced_and_the_program_run_again(process):
     before = set(child_pids(os.getpid()))

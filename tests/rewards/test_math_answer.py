@@ -112,6 +112,7 @@ def test_an_answer_that_makes_its_verifier_fail_is_wrong(verifier, answer):
     assert _verify(verifier, "7", rf"\boxed{{{answer}}}", deadline_s=2.0).value == 0.0
 
 
+@pytest.mark.slow
 def test_a_right_answer_that_hangs_is_an_abstention():
     with MathVerifier() as verifier:
         verdict = _verify(verifier, "(" * 480 + "1" + ")" * 480, r"\boxed{36}", deadline_s=2.0)
@@ -135,6 +136,7 @@ def test_the_worker_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_an_endless_comparison_whose_trainer_was_killed_ends_by_itself():
     code = (
         "import asyncio, os, signal\n"
