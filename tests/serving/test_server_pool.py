@@ -463,7 +463,6 @@ def impatient(monkeypatch):
     monkeypatch.setattr("exprl_megatron.serving.pool_members._POLL_S", 0.01)
 
 
-@pytest.mark.slow
 def test_a_server_that_fails_again_and_again_is_to_be_restarted_and_none_at_all_is_an_error(registry, impatient):
     async def run():
         async with opened(registry, "policy-0", start_deadline_s=4) as (pool, one):
