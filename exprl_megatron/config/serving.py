@@ -56,18 +56,23 @@ class ServerConfig(Config):
         return [
             f"A server's extra_args hold {name}, but the run makes the key of its servers itself; leave it out."
             for name in ("--api-key", "--admin-api-key")
-            if any(argument.partition("=")[0] == name for argument in self.extra_args)
+            if name in self.extra_options
         ]
+
+    @property
+    def extra_options(self) -> frozenset[str]:
+        """What is in front of any `=` in each of `extra_args`: names of options, and values given as arguments."""
+        return frozenset(argument.partition("=")[0] for argument in self.extra_args)
 
     @property
     def names_attention_backend(self) -> bool:
         """Whether `extra_args` choose SGLang's attention kernels, instead of SGLang by GPU and model."""
-        return any(argument.partition("=")[0] == "--attention-backend" for argument in self.extra_args)
+        return "--attention-backend" in self.extra_options
 
     @property
     def divides_otherwise(self) -> bool:
         """Whether `extra_args` divide attention or experts over a server's ranks in another way than `tp` does."""
-        return any(argument.partition("=")[0] in _OTHER_DIVISIONS for argument in self.extra_args)
+        return not self.extra_options.isdisjoint(_OTHER_DIVISIONS)
 
     @property
     def memory_share(self) -> float | None:

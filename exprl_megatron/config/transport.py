@@ -37,7 +37,7 @@ def choose_transport(config: RunConfig, servers: Literal["policy", "ref"] = "pol
         return TransportChoice("handles", "trainer and servers share GPUs, which cannot be in one NCCL group twice")
     if config.sync.fp8:
         return TransportChoice("broadcast", "sync.fp8 sends other bytes than the trainer holds")
-    if any(argument.split("=")[0] == _LOADER_ARGUMENT for argument in config.server.extra_args):
+    if _LOADER_ARGUMENT in config.server.extra_options:
         return TransportChoice("broadcast", f"server.extra_args gives servers another {_LOADER_ARGUMENT}")
     return TransportChoice(
         "direct",

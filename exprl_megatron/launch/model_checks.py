@@ -58,7 +58,7 @@ def _fused_rotation_violations(config: RunConfig, architecture: Architecture) ->
     max_position_embeddings.
     """
     name = "--enable-fused-qk-norm-rope"
-    if architecture.family == "qwen3-moe" and architecture.rope_scaling and name in config.server.extra_args:
+    if architecture.family == "qwen3-moe" and architecture.rope_scaling and name in config.server.extra_options:
         yield (
             f"server.extra_args has {name}, whose kernel computes the scaled positions of {config.policy.model} "
             f"differently from the trainer; remove it."
@@ -67,9 +67,8 @@ def _fused_rotation_violations(config: RunConfig, architecture: Architecture) ->
 
 def _other_model_violations(config: RunConfig) -> Iterator[str]:
     """Yield the arguments with which sampling servers would have other settings or weights than the trainer."""
-    given = [argument.partition("=")[0] for argument in config.server.extra_args]
     for name in _OTHER_MODEL:
-        if name in given:
+        if name in config.server.extra_options:
             yield (
                 f"server.extra_args has {name}, with which servers compute another model than the trainer; remove it, "
                 f"and change {config.policy.model}/config.json or policy.model instead."

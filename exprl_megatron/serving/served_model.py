@@ -127,8 +127,7 @@ def _weight_files(directory: Path, server: str) -> list[Path]:
 
 
 def _has_tokenizer(directory: Path, config: ServerConfig) -> bool:
-    named = {argument.partition("=")[0] for argument in config.extra_args}
-    if named & {"--tokenizer-path", "--skip-tokenizer-init"}:
+    if config.extra_options & {"--tokenizer-path", "--skip-tokenizer-init"}:
         return True
     return any(any(directory.glob(pattern)) for pattern in (*_TOKENIZERS, "tokenization_*.py"))
 

@@ -40,7 +40,7 @@ def gap_bound(config: RunConfig, first_gap: float | None) -> float | None:
 def coarsest_precision(config: RunConfig) -> str:
     """Return the coarsest precision of the trainer and the sampling servers: `fp32`, `bf16` or `fp8`."""
     precision = config.policy.precision
-    coarse = any(argument.partition("=")[0] in _COARSE for argument in config.server.extra_args)
+    coarse = not config.server.extra_options.isdisjoint(_COARSE)
     return "fp8" if precision.fp8 or config.sync.fp8 or coarse else precision.dtype
 
 
